@@ -1,0 +1,55 @@
+"""Speculative decoding for mlx-lm with the drafters that models bring along.
+
+An installation patches mlx-lm in every interpreter that imports it. Where
+start-up files are not run (`python -S`, `pip install --target`, PYTHONPATH),
+importing this package does the same, before or after mlx-lm. Only names that
+other modules had copied out of mlx-lm by then, as with
+`from mlx_lm import generate`, remain unpatched.
+"""
+
+from . import _bootstrap
+
+# Every interpreter imports this module, so it does not even import `typing`.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._errors import SpeculationError
+    from .decoding import SpeculationStats, spec_generate_step
+    from .patches import disable, enable, is_enabled
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SpeculationError",
+    "SpeculationStats",
+    "__version__",
+    "disable",
+    "enable",
+    "is_enabled",
+    "spec_generate_step",
+]
+
+_HOMES = {
+    "SpeculationError": "._errors",
+    "SpeculationStats": ".decoding",
+    "disable": ".patches",
+    "enable": ".patches",
+    "is_enabled": ".patches",
+    "spec_generate_step": ".decoding",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_bootstrap.install()

@@ -1,0 +1,53 @@
+"""Start-up hook. Every interpreter runs it, so it imports nothing of its own."""
+
+import os
+import sys
+
+
+def switched_off() -> bool:
+    """Whether the environment says that mlx-lm is to be left as it is."""
+    return os.environ.get("MLX_OPTIQ_EXT") == "0"
+
+
+class Trigger:
+    """Meta path entry that patches mlx-lm when it is first looked up."""
+
+    armed = True
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if self.armed and name == "mlx_lm":
+            self.fire()
+
+    def fire(self) -> None:
+        self.armed = False
+        # An exception here would make the import of mlx-lm fail.
+        try:
+            from . import patches
+
+            patches.apply()
+        except Exception as exc:
+            stand_aside(f"{type(exc).__name__}: {exc}")
+
+
+def stand_aside(reason: str) -> None:
+    """Say that nothing is patched, without raising even under `-W error`."""
+    import warnings
+
+    message = f"mlx-optiq-ext leaves mlx-lm as it is: {reason}"
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        import logging
+
+        logging.getLogger(__package__).warning(message)
+
+
+def install() -> None:
+    """Patch mlx-lm as soon as it is imported, or now if it already is."""
+    # `site` runs the start-up files of a virtual environment twice.
+    if switched_off() or any(isinstance(entry, Trigger) for entry in sys.meta_path):
+        return
+    trigger = Trigger()
+    sys.meta_path.insert(0, trigger)
+    if "mlx_lm" in sys.modules:
+        trigger.fire()

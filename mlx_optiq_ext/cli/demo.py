@@ -1,0 +1,76 @@
+"""`mlx-optiq-ext demo`: the embedded model, plain and with its MTP head."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODEL = Path(__file__).parents[1] / "demo_model"
+PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+NUM_WARM_UP_TOKENS = 16
+
+
+@click.command()
+@click.option("--path", is_flag=True, help="Print the folder of the model and exit.")
+@click.option("--prompt", default=PROMPT, help="Text to continue.")
+@click.option("--max-tokens", default=200, show_default=True)
+@click.option(
+    "--num-draft-tokens", type=click.IntRange(1, 8), default=1, show_default=True
+)
+def demo(path: bool, prompt: str, max_tokens: int, num_draft_tokens: int) -> None:
+    """Decode with the embedded model, plain and with its MTP head."""
+    if path:
+        click.echo(MODEL)
+        return
+    from mlx_lm import load
+
+    warnings.filterwarnings("ignore", message="Speculation with an MTP head")
+    model, tokenizer = load(str(MODEL))
+    speculation = {"mtp": True, "num_draft_tokens": num_draft_tokens}
+    for options in ({}, speculation):
+        _run(model, tokenizer, prompt, NUM_WARM_UP_TOKENS, options)
+    click.secho("Plain", bold=True)
+    plain = _run(model, tokenizer, prompt, max_tokens, {}, echo=True)
+    click.secho("With the MTP head", bold=True)
+    speculative = _run(model, tokenizer, prompt, max_tokens, speculation, echo=True)
+    _report(plain, speculative)
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_tokens: int,
+    options: dict[str, Any],
+    echo: bool = False,
+) -> list[Any]:
+    from mlx_lm import stream_generate
+
+    responses = []
+    for response in stream_generate(
+        model, tokenizer, prompt, max_tokens=max_tokens, **options
+    ):
+        responses.append(response)
+        if echo:
+            click.echo(response.text, nl=False)
+    if echo:
+        click.echo("\n")
+    return responses
+
+
+def _report(plain: list[Any], speculative: list[Any]) -> None:
+    stats = speculative[-1].speculation
+    rates = [responses[-1].generation_tps for responses in (plain, speculative)]
+    is_same = [r.token for r in plain] == [r.token for r in speculative]
+    for name, value in (
+        ("Plain", f"{rates[0]:.1f} tokens-per-sec"),
+        ("With the MTP head", f"{rates[1]:.1f} tokens-per-sec"),
+        ("Speed-up", f"{rates[1] / rates[0]:.2f}"),
+        ("Draft tokens accepted", f"{stats.acceptance_rate:.1%}"),
+        ("Mean accepted length", f"{stats.mean_accepted_length:.2f} tokens a round"),
+        ("Outputs identical", "yes" if is_same else "no"),
+    ):
+        click.echo(f"{name + ':':<24}{value}")

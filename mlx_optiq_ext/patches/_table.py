@@ -1,0 +1,84 @@
+"""The one table of what is wrapped in mlx-lm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Patch(NamedTuple):
+    """One seam of mlx-lm and the function that goes around it.
+
+    Args:
+        module: The module that has the seam. If it also defines it, the copies that
+          other modules of its package hold are replaced, too.
+        attribute: Its name there, dotted for a method: ``"APIHandler.do_POST"``.
+        wrapper: Where the wrapper is, as ``"module:function"``. It has wrapt's
+          parameters ``(wrapped, instance, args, kwargs)`` and is imported when
+          ``module`` is.
+        parameters: Names that the seam's signature must have.
+    """
+
+    module: str
+    attribute: str
+    wrapper: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def seam(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+_HERE = "mlx_optiq_ext.patches"
+
+
+def _command_line(command: str) -> tuple[Patch, Patch]:
+    """The seams of a command's module, which all look alike."""
+    module, wrappers = f"mlx_lm.{command}", f"{_HERE}.command_line"
+    return (
+        Patch(module, "setup_arg_parser", f"{wrappers}:setup_arg_parser"),
+        Patch(module, "main", f"{wrappers}:main"),
+    )
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "mlx_lm.utils",
+        "load_model",
+        f"{_HERE}.utils:load_model",
+        ("model_path",),
+    ),
+    Patch(
+        "mlx_lm.generate",
+        "generate",
+        f"{_HERE}.generate:generate",
+        ("model", "verbose", "kwargs"),
+    ),
+    Patch(
+        "mlx_lm.generate",
+        "stream_generate",
+        f"{_HERE}.generate:stream_generate",
+        ("model", "tokenizer", "prompt", "max_tokens", "draft_model", "kwargs"),
+    ),
+    Patch(
+        "mlx_lm.generate",
+        "speculative_generate_step",
+        f"{_HERE}.generate:speculative_generate_step",
+        ("prompt", "model", "draft_model", "stream", "num_draft_tokens"),
+    ),
+    Patch(
+        "mlx_lm.generate",
+        "generate_step",
+        f"{_HERE}.generate:generate_step",
+        ("prompt", "model", "stream", "prompt_cache", "prompt_progress_callback"),
+    ),
+    Patch(
+        "mlx_lm.models.qwen3_5",
+        "gated_delta_update",
+        f"{_HERE}.models:gated_delta_update",
+        ("q", "k", "v", "a", "b", "state"),
+    ),
+    *_command_line("generate"),
+    *_command_line("chat"),
+    *_command_line("benchmark"),
+    *_command_line("cache_prompt"),
+)
