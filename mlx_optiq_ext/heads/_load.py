@@ -1,0 +1,120 @@
+"""From stored tensors to a module that is ready to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.qwen3_5 import TextModelArgs
+
+from ._head import MTPHead, head_args
+from ._layouts import rename
+from ._locate import StoredHead, Tensors, find_head
+from ._norms import restore_norms
+from ._quantization import match_quantization, quantize_as_declared
+
+
+def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHead:
+    """Load the MTP head of a Qwen3.5 or Qwen3.6 model.
+
+    Args:
+        source (str or Path): The model's folder, or another folder, ``.safetensors``
+          file or Hub id with its head.
+        args (TextModelArgs): The model's own.
+        dtype (mx.Dtype): Of the model's states. The head is cast to it: were its
+          weights wider, all that follows would be computed in their type.
+
+    Raises:
+        SpeculationError: If there is no head, or not one for this model.
+    """
+    stored = find_head(source)
+    weights = rename(stored)
+    _check_kind(stored, weights)
+    with _random_state_kept():
+        head = MTPHead(head_args(stored, weights, args))
+        _check_tensors(stored, head, weights)
+        match_quantization(stored, head, weights)
+    weights = {
+        name: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
+        for name, x in restore_norms(stored, weights).items()
+    }
+    _fill(stored, head, weights)
+    quantize_as_declared(stored, head)
+    return head.eval()
+
+
+def _fill(stored: StoredHead, head: MTPHead, weights: Tensors) -> None:
+    try:
+        head.load_weights(list(weights.items()))
+        mx.eval(head.parameters())
+    except (ValueError, RuntimeError) as exc:
+        raise stored.error(f"its tensors cannot be read: {exc}") from exc
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Undo what the initialisation of layers draws from the global generator.
+
+    A seeded generation has to give the same text whether or not it loads the head.
+    """
+    high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def _check_kind(stored: StoredHead, weights: Tensors) -> None:
+    config = stored.config.get("text_config") or stored.config
+    num_layers = config.get("mtp_num_hidden_layers") or 1
+    if num_layers > 1 or any(re.match(r"layers\.[1-9]", name) for name in weights):
+        raise stored.error("it has more than one layer, and only one is supported.")
+    if config.get("mtp_use_dedicated_embeddings") or "embed_tokens.weight" in weights:
+        raise stored.error("it has embeddings of its own, and that is not supported.")
+    if "fc_embedding.weight" in weights or "fc_hidden.weight" in weights:
+        raise stored.error(
+            "it has fc_embedding and fc_hidden in place of fc, so it is of a kind "
+            "newer than Qwen3.5 and Qwen3.6, which is not supported."
+        )
+
+
+def _check_tensors(stored: StoredHead, head: MTPHead, weights: Tensors) -> None:
+    """Compare with the head as it is before any layer is quantised.
+
+    Packing changes only the last axis.
+    """
+    expected = dict(tree_flatten(head.parameters()))
+    quantized = {name[:-7] for name in weights if name.endswith(".scales")}
+    missing = sorted(expected.keys() - weights.keys())
+    parameters = {
+        f"{path}.{name}" for path in quantized for name in ("scales", "biases")
+    }
+    unexpected = sorted(weights.keys() - expected.keys() - parameters)
+    misshaped = [
+        f"{name} {list(weights[name].shape)} in place of {list(x.shape)}"
+        for name, x in expected.items()
+        if name in weights and not _fits(weights[name], x, name[:-7] in quantized)
+    ]
+    if missing or unexpected or misshaped:
+        raise stored.error(
+            "its tensors are not those of a head for this model. "
+            + _list("Missing", missing)
+            + _list("Not known", unexpected)
+            + _list("Of another shape", misshaped)
+            + "Is it the head of another model? The right one may be passed with "
+            "--mtp PATH."
+        )
+
+
+def _fits(found: mx.array, expected: mx.array, is_packed: bool) -> bool:
+    axes = slice(-1 if is_packed else None)
+    return found.ndim == expected.ndim and found.shape[axes] == expected.shape[axes]
+
+
+def _list(what: str, names: list[str], num_shown: int = 4) -> str:
+    more = f" and {len(names) - num_shown} more" if len(names) > num_shown else ""
+    return f"{what}: {', '.join(names[:num_shown])}{more}. " if names else ""

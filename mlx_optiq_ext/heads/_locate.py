@@ -1,0 +1,221 @@
+"""Finding the tensors of a head, on disk or on the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .._errors import SpeculationError
+from . import _hub
+
+SIDECARS = (
+    "optiq/mtp.safetensors",
+    "mtp.safetensors",
+    "mtp/weights.safetensors",
+    "model-mtp.safetensors",
+)
+_PREFIX = re.compile(r"(?:(?:model|language_model)\.)*mtp\.")
+_UNPREFIXED = "pre_fc_norm_hidden.weight"  # In no model but an MTP head.
+
+Tensors = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """A head as it is stored; nothing is read from the files before it is used.
+
+    Args:
+        tensors (dict): Arrays by their name without prefix, such as ``fc.weight``.
+        files (tuple): The files that they are in.
+        config (dict): The ``config.json`` beside them, empty if there is none.
+        is_prefixed (bool): Whether the stored names begin with ``mtp.``.
+        is_mlx_format (bool): Whether the files say that an MLX tool wrote them.
+        trunk_is_raw (bool, optional): Whether the trunk stored with the head has the
+          layout of the original checkpoint; None without such a trunk.
+    """
+
+    tensors: Tensors
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    is_prefixed: bool
+    is_mlx_format: bool
+    trunk_is_raw: bool | None
+
+    def error(self, reason: str) -> SpeculationError:
+        """What to raise when this head cannot be used."""
+        files = ", ".join(map(str, self.files))
+        return SpeculationError(
+            f"Cannot speculate with the MTP head in {files}: {reason}"
+        )
+
+
+def find_head(source: str | Path) -> StoredHead:
+    """Find the head of a model.
+
+    Args:
+        source (str or Path): A model or head folder, a ``.safetensors`` file or a Hub
+          id.
+
+    Raises:
+        SpeculationError: If there is none, or its files cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        head = _read([path], _read_json(path.with_name(_hub.CONFIG), default={}))
+    else:
+        path, head = _search_folder(source, path)
+    if head is None:
+        raise _not_found(path)
+    return head
+
+
+def sidecar_names(config: Mapping[str, Any]) -> list[str]:
+    """Where beside a model its head may be, most specific first."""
+    declared = (config.get("mlx_lm_extra_tensors") or {}).get("mtp_file")
+    return [declared, *SIDECARS] if declared else [*SIDECARS]
+
+
+def indexed_shards(folder: Path) -> list[str]:
+    """The shards that, says the index of a model, hold its head."""
+    weight_map = _read_json(folder / _hub.INDEX, default={}).get("weight_map", {})
+    return sorted({file for name, file in weight_map.items() if _PREFIX.match(name)})
+
+
+def files_to_fetch(folder: Path, repo_files: Iterable[str]) -> list[str]:
+    """The files of a repository that hold its head, judged without their content.
+
+    Args:
+        folder (Path): Holds the configuration and, if there is one, the index.
+        repo_files (Iterable): The names of all files in the repository.
+    """
+    names = sorted(repo_files)
+    for sidecar in sidecar_names(_read_json(folder / _hub.CONFIG)):
+        if sidecar in names:
+            return [sidecar]
+    if _hub.INDEX in names:
+        return indexed_shards(folder)
+    return [name for name in names if re.fullmatch(r"[^/]*\.safetensors", name)]
+
+
+def _search_folder(source: str | Path, path: Path) -> tuple[Path, StoredHead | None]:
+    """Search a folder, then the repository that it is, or may be, the cache of."""
+    repo = _hub.repo_of_snapshot(path)
+    folder = path if path.is_dir() else None
+    if not folder and (repo := _hub.parse_repo_id(str(source))):
+        folder = _hub.cached_snapshot(repo)
+    if folder and (head := _search(folder)):
+        return folder, head
+    if repo:
+        folder = _hub.fetch(repo, files_to_fetch)
+        return folder, _search(folder)
+    if folder:
+        return folder, None
+    raise SpeculationError(
+        f"Cannot speculate: {source} is neither a folder or .safetensors file with an "
+        "MTP head nor a Hub id (ORG/NAME)."
+    )
+
+
+def _search(folder: Path) -> StoredHead | None:
+    config = _read_json(folder / _hub.CONFIG)
+    for name in sidecar_names(config):
+        if (folder / name).is_file() and (head := _read([folder / name], config)):
+            return head
+    if any(not (folder / name).is_file() for name in indexed_shards(folder)):
+        return None  # Half a head is no head.
+    return _read(sorted(folder.glob("*.safetensors")), config)
+
+
+def _read(files: list[Path], config: dict[str, Any]) -> StoredHead | None:
+    loaded = {file: _load(file) for file in files}
+    tensors = {file: _without_prefix(arrays) for file, (arrays, _) in loaded.items()}
+    is_prefixed = any(tensors.values())
+    if not is_prefixed and any(_UNPREFIXED in arrays for arrays, _ in loaded.values()):
+        tensors = {file: arrays for file, (arrays, _) in loaded.items()}
+    holders = {file: arrays for file, arrays in tensors.items() if arrays}
+    if not holders:
+        return None
+    return StoredHead(
+        tensors={name: x for arrays in holders.values() for name, x in arrays.items()},
+        files=tuple(holders),
+        config=config,
+        is_prefixed=is_prefixed,
+        is_mlx_format=all(loaded[file][1].get("format") == "mlx" for file in holders),
+        trunk_is_raw=_trunk_is_raw(
+            {file: arrays for file, (arrays, _) in loaded.items()}, holders
+        ),
+    )
+
+
+def _without_prefix(arrays: Tensors) -> Tensors:
+    matches = {name: _PREFIX.match(name) for name in arrays}
+    return {name[m.end() :]: arrays[name] for name, m in matches.items() if m}
+
+
+def _trunk_is_raw(loaded: dict[Path, Tensors], holders: Iterable[Path]) -> bool | None:
+    """How the trunk is stored, by the convolutions that every converter transposes.
+
+    A raw trunk means that nothing was converted. A converted one tells nothing about a
+    head in another file, which may have been added later.
+    """
+    is_raw = {
+        file: [
+            x.shape[-1] != 1 for n, x in arrays.items() if n.endswith("conv1d.weight")
+        ]
+        for file, arrays in loaded.items()
+    }
+    if any(any(shapes) for shapes in is_raw.values()):
+        return True
+    return False if any(is_raw[file] for file in holders) else None
+
+
+def _load(file: Path) -> tuple[Tensors, dict[str, str]]:
+    try:
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+    except (RuntimeError, ValueError, TypeError) as exc:
+        raise SpeculationError(
+            f"Cannot speculate: {file} should hold an MTP head but is not a complete "
+            f"safetensors file ({exc}). Download it again, or pass another head with "
+            "--mtp PATH."
+        ) from exc
+    return arrays, metadata
+
+
+def _read_json(file: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if default is not None and not file.exists():
+        return default
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {type(content).__name__}")
+    except (OSError, ValueError) as exc:
+        raise SpeculationError(
+            f"Cannot speculate: {file} is needed to find the MTP head and cannot be "
+            f"read ({exc})."
+        ) from exc
+    return content
+
+
+def _not_found(path: Path) -> SpeculationError:
+    names = [path.name]
+    if path.is_dir():
+        shards = [file.name for file in sorted(path.glob("*.safetensors"))]
+        names = [*sidecar_names(_read_json(path / _hub.CONFIG)), *shards]
+        if absent := [x for x in indexed_shards(path) if x not in shards]:
+            return SpeculationError(
+                f"Cannot speculate: {', '.join(absent)} with the MTP head should be in "
+                f"{path}, says its {_hub.INDEX}. Download the missing files."
+            )
+    return SpeculationError(
+        f"Cannot speculate: there is no MTP head in {path}: tensors named mtp.* or "
+        f"language_model.mtp.* were looked for in {', '.join(dict.fromkeys(names))}. "
+        "mlx_lm.convert leaves the head out. Pass one with --mtp PATH (from Python "
+        'mtp="PATH"): a .safetensors file, a folder, or a Hub id such as that of the '
+        "original model."
+    )

@@ -1,0 +1,88 @@
+"""Quantising the layers of a head as the stored tensors were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import infer_quant_config
+
+from ._locate import StoredHead, Tensors
+
+# What the names of quantised layers start with.
+_POLICIES = {"cyankiwi": "layers.", "all": ""}
+
+Predicate = Callable[[str, nn.Module], dict[str, Any] | bool]
+
+
+def match_quantization(stored: StoredHead, head: nn.Module, weights: Tensors) -> None:
+    """Quantise, in place, the layers that are stored quantised.
+
+    Bits, group size and mode follow from names, shapes and types of the tensors. Blocks
+    in ``config.json`` say the same when they are right, and converters differ on where
+    they put them.
+
+    Raises:
+        SpeculationError: If a layer is quantised in a way that MLX does not know.
+    """
+
+    def stored_params(path: str, module: nn.Module) -> dict[str, Any] | bool:
+        is_quantized = f"{path}.scales" in weights and hasattr(module, "to_quantized")
+        return is_quantized and _params(path, module, weights)
+
+    _quantize(stored, head, stored_params)
+
+
+def _params(path: str, module: nn.Module, weights: Tensors) -> dict[str, Any]:
+    params = infer_quant_config(path, module, weights)
+    num_inputs = module.weight.shape[-1]
+    packed, scales = (weights[f"{path}.{name}"].shape for name in ("weight", "scales"))
+    # MLX would end the process on some sizes that do not add up.
+    if (packed[-1] * 32, scales[-1] * params["group_size"]) != (
+        num_inputs * params["bits"],
+        num_inputs,
+    ):
+        raise ValueError(
+            f"{path} takes {num_inputs} inputs, its weight is packed to {list(packed)} "
+            f"and its scales are {list(scales)}."
+        )
+    return params
+
+
+def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
+    """Quantise, in place, a head that is stored in full but is to run quantised.
+
+    ``mtplx_mtp_quantization`` asks for that with ``"prequantized": false``.
+
+    Raises:
+        SpeculationError: If the policy in that block is unknown.
+    """
+    block = stored.config.get("mtplx_mtp_quantization") or {}
+    if block.get("prequantized") is not False:
+        return
+    prefix = _POLICIES.get(policy := block.get("policy", "cyankiwi"))
+    if prefix is None:
+        raise stored.error(
+            f"mtplx_mtp_quantization in config.json has the policy {policy!r}, expected"
+            f" one of {', '.join(_POLICIES)}."
+        )
+    params = {"group_size": 64, "bits": 4, "mode": "affine"}
+    params |= {name: block[name] for name in params.keys() & block.keys()}
+
+    def declared_params(path: str, module: nn.Module) -> dict[str, Any] | bool:
+        return (
+            path.startswith(prefix)
+            and hasattr(module, "to_quantized")
+            and module.weight.shape[-1] % params["group_size"] == 0
+            and params
+        )
+
+    _quantize(stored, head, declared_params)
+
+
+def _quantize(stored: StoredHead, head: nn.Module, predicate: Predicate) -> None:
+    try:
+        nn.quantize(head, class_predicate=predicate)
+    except (ValueError, RuntimeError, ZeroDivisionError) as exc:
+        raise stored.error(f"its quantisation is not understood: {exc}") from exc

@@ -1,0 +1,1 @@
+"""What mlx-lm's model classes gain, one module per family."""

@@ -1,0 +1,162 @@
+"""What mlx-lm's Qwen3.5 model classes gain: their MTP head, and the seams to use it."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import qwen3_5
+from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.utils import get_total_parameters
+
+from .._errors import SpeculationError
+from ..heads import MTPHead, load_head
+
+# Models called 4B have a little more or less.
+_MIN_NUM_PARAMETERS = 3.5e9
+
+
+class MTPMixin:
+    """A Qwen3.5 model with its MTP head attached."""
+
+    language_model: Any
+    _mtp: MTPHead
+    _mtp_loaded_from: str
+
+    @property
+    def mtp(self) -> MTPHead:
+        """The attached head."""
+        return self._mtp
+
+    def hidden_states(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """The states after the model's last norm, ``[batch, num_tokens, hidden_size]``.
+
+        Args:
+            inputs (mx.array): Tokens, ``[batch, num_tokens]``.
+            cache (list, optional): The model's prompt cache.
+            input_embeddings (mx.array, optional): Read in place of the tokens',
+              ``[batch, num_tokens, hidden_size]``.
+        """
+        return self.language_model.model(
+            inputs, cache, input_embeddings=input_embeddings
+        )
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """Logits ``[batch, num_tokens, vocab_size]`` of states, the head's included.
+
+        Args:
+            hidden (mx.array): ``[batch, num_tokens, hidden_size]``.
+        """
+        if self.language_model.args.tie_word_embeddings:
+            return self.language_model.model.embed_tokens.as_linear(hidden)
+        return self.language_model.lm_head(hidden)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings of tokens, ``[..., hidden_size]``.
+
+        Args:
+            tokens (mx.array): Of any shape.
+        """
+        return self.language_model.model.embed_tokens(tokens)
+
+    def make_mtp_cache(self) -> list[Any]:
+        """What the head keeps of a sequence.
+
+        Returns:
+            list: The head's KV cache, and the last state ``[1, 1, hidden_size]`` with
+            the number of tokens seen ``[1, 1]``.
+        """
+        return [KVCache(), ArraysCache(2)]
+
+
+def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
+    """Attach its MTP head to a model, loading it unless it is there already.
+
+    Parameters and modules of the model stay as they are.
+
+    Args:
+        model (nn.Module): A model that mlx-lm loaded.
+        source (str or Path, optional): A folder, ``.safetensors`` file or Hub id with
+          the head. Default: where the model came from.
+
+    Raises:
+        SpeculationError: If the model has no head or cannot have one.
+    """
+    _check_type(model)
+    place = _place(model, source)
+    if getattr(model, "_mtp_loaded_from", None) == place:
+        return model._mtp
+    _check_is_whole(model)
+    text_model = model.language_model
+    # Weights do not tell the type of a quantised model's states. Not evaluated.
+    states = text_model.model(mx.zeros((1, 1), mx.int32))
+    head = load_head(place, text_model.args, states.dtype)
+    # Not by nn.Module.__setattr__, which would make the head one of the submodules.
+    object.__setattr__(model, "_mtp", head)
+    object.__setattr__(model, "_mtp_loaded_from", place)
+    model_class: type = type(model)
+    model.__class__ = _with_mtp(model_class)
+    if get_total_parameters(model) < _MIN_NUM_PARAMETERS:
+        _warn_of_small_model()
+    return head
+
+
+def _check_type(model: nn.Module) -> None:
+    if not isinstance(model, qwen3_5.Model):
+        name = getattr(model, "model_type", type(model).__name__)
+        raise SpeculationError(
+            f"Cannot speculate with an MTP head: the model is of type {name}, and only "
+            "qwen3_5 and qwen3_5_moe have a head that is supported."
+        )
+
+
+def _check_is_whole(model: nn.Module) -> None:
+    groups = [
+        getattr(module, "sharding_group", None)
+        for module in model.language_model.modules()
+    ]
+    if model.language_model.model.pipeline_size > 1 or any(groups):
+        raise SpeculationError(
+            "Cannot speculate with an MTP head: the model is distributed over several "
+            "processes. Run it in one, or without --mtp."
+        )
+
+
+def _place(model: nn.Module, source: str | Path | None) -> str:
+    if source is None:
+        source = getattr(model, "_mtp_source", None)
+    if source is None:
+        raise SpeculationError(
+            "Cannot speculate with an MTP head: it is not known where the model came "
+            'from, as mlx_lm.load did not load it. Name the place with mtp="PATH".'
+        )
+    path = Path(source).expanduser()
+    # A snapshot is recognised by its path, so links in that are kept.
+    return str(path.absolute()) if path.exists() else str(source)
+
+
+@cache
+def _with_mtp(model_class: type) -> type:
+    """The subclass that a model of this class becomes; still looks like its own."""
+    if issubclass(model_class, MTPMixin):
+        return model_class
+    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (MTPMixin, model_class), names)
+
+
+@cache
+def _warn_of_small_model() -> None:
+    warnings.warn(
+        "Speculation with an MTP head is not expected to pay for a model of less than "
+        "about 4B parameters: a draft costs much of what it can save.",
+        stacklevel=3,
+    )
