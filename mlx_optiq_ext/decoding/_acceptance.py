@@ -1,0 +1,161 @@
+"""Rules that decide which draft tokens the output keeps.
+
+A rule proposes draft tokens from the drafter's log probabilities and judges each
+against the target's. Whatever the drafter says, the judged tokens have the distribution
+that plain decoding gives; under the greedy rule they are the same tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+from mlx_lm import sample_utils
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class DraftToken:
+    """A proposed token, shape ``[1]``, and what it was drawn from, ``[1, vocab]``."""
+
+    token: mx.array
+    probs: mx.array | None = None
+
+
+class AcceptanceRule(Protocol):
+    """How tokens are drawn, with or without a draft.
+
+    ``is_stepwise`` rules may be asked about a row only once every earlier draft token
+    is known to be accepted, because asking has side effects.
+    """
+
+    is_stepwise: bool
+
+    def propose(self, logprobs: mx.array) -> DraftToken: ...
+
+    def judge(
+        self, logprobs: mx.array, draft: DraftToken | None
+    ) -> tuple[mx.array, mx.array]:
+        """The token of a row, shape ``[1]``, and whether it is the draft token."""
+        ...
+
+
+class Greedy:
+    """Keep a draft token if it is the target's most probable one."""
+
+    is_stepwise = False
+
+    def propose(self, logprobs: mx.array) -> DraftToken:
+        return DraftToken(sample_utils.greedy_sampler(logprobs))
+
+    def judge(
+        self, logprobs: mx.array, draft: DraftToken | None
+    ) -> tuple[mx.array, mx.array]:
+        return _match(sample_utils.greedy_sampler(logprobs), draft)
+
+
+class ExactMatch:
+    """Keep a draft token if a sampler of unknown making draws it too.
+
+    The sampler is called as plain decoding calls it, once for each emitted token and in
+    order, so that its own state advances in the same way.
+    """
+
+    is_stepwise = True
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+
+    def propose(self, logprobs: mx.array) -> DraftToken:
+        return DraftToken(sample_utils.greedy_sampler(logprobs))
+
+    def judge(
+        self, logprobs: mx.array, draft: DraftToken | None
+    ) -> tuple[mx.array, mx.array]:
+        return _match(self._sampler(logprobs), draft)
+
+
+class SpeculativeSampling:
+    """Rejection sampling after Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
+
+    Args:
+        filters (list[Callable]): mlx-lm's own filters, applied in order to log
+            probabilities of shape ``[1, vocab]``.
+        temperature (float): Applied after the filters.
+    """
+
+    is_stepwise = False
+
+    def __init__(self, filters: list[Sampler], temperature: float):
+        self._filters = filters
+        self._inverse_temperature = 1.0 / temperature
+
+    def propose(self, logprobs: mx.array) -> DraftToken:
+        scaled = self._scale(logprobs)
+        return DraftToken(mx.random.categorical(scaled), _probs(scaled))
+
+    def judge(
+        self, logprobs: mx.array, draft: DraftToken | None
+    ) -> tuple[mx.array, mx.array]:
+        scaled = self._scale(logprobs)
+        if draft is None or draft.probs is None:
+            return _match(mx.random.categorical(scaled), draft)
+        # The letters are the paper's: p is the target's distribution, q the draft's.
+        p, q, x = _probs(scaled), draft.probs, draft.token[:, None]
+        p_x, q_x = (mx.take_along_axis(probs, x, axis=-1)[:, 0] for probs in (p, q))
+        is_accepted = mx.random.uniform(shape=p_x.shape) * q_x < p_x
+        residual = mx.maximum(p - q, 0)
+        # Rounding can leave no residual where p and q agree; it is then never needed.
+        residual = mx.where(residual.sum(-1, keepdims=True) > 0, residual, p)
+        recovered = mx.random.categorical(mx.log(residual))
+        return mx.where(is_accepted, draft.token, recovered), is_accepted
+
+    def _scale(self, logprobs: mx.array) -> mx.array:
+        for apply_filter in self._filters:
+            logprobs = apply_filter(logprobs)
+        return logprobs * self._inverse_temperature
+
+
+def _probs(scaled_logprobs: mx.array) -> mx.array:
+    return mx.softmax(scaled_logprobs.astype(mx.float32), axis=-1)
+
+
+def _match(token: mx.array, draft: DraftToken | None) -> tuple[mx.array, mx.array]:
+    return token, mx.array([False]) if draft is None else token == draft.token
+
+
+def rule_for(sampler: Sampler | None) -> AcceptanceRule:
+    """The rule with the highest acceptance that is exact for a sampler."""
+    if sampler is None or sampler is sample_utils.greedy_sampler:
+        return Greedy()
+    settings = _make_sampler_settings(sampler)
+    if settings is None:
+        return ExactMatch(sampler)
+    return SpeculativeSampling(*settings)
+
+
+def _make_sampler_settings(sampler: Sampler) -> tuple[list[Sampler], float] | None:
+    """Filters and temperature of a sampler that mlx-lm's ``make_sampler`` made."""
+    is_known = (
+        inspect.isfunction(sampler)
+        and sampler.__module__ == sample_utils.__name__
+        and sampler.__qualname__ == "make_sampler.<locals>.sampler"
+    )
+    if not is_known:
+        return None
+    variables = inspect.getclosurevars(sampler).nonlocals
+    if not {"sampling_methods", "temp"} <= variables.keys():
+        return None
+    return variables["sampling_methods"], variables["temp"]
+
+
+def is_pure(processor: Callable[[mx.array, mx.array], mx.array]) -> bool:
+    """Whether a logits processor may be asked about tokens that are then rejected.
+
+    mlx-lm's own depend on nothing but their arguments. Any other may keep state.
+    """
+    return getattr(processor, "__module__", None) == sample_utils.__name__

@@ -1,0 +1,97 @@
+"""One verify pass, from its launch to the tokens that it emits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+
+from ._rows import Proposal, Row, Verifier
+from ._target import Target
+
+
+class Round:
+    """A pass of the target over the last emitted token and the draft tokens after it.
+
+    ``run`` and ``dispatch`` only build and start the work, ``collect`` waits for it and
+    sets ``emitted``, ``logprobs``, ``num_accepted`` and, if a sampler or a logits
+    processor of the user's raised after the first row, ``error``.
+    """
+
+    def __init__(self, target: Target, verifier: Verifier, proposal: Proposal):
+        self._target = target
+        self._verifier = verifier
+        self._proposal = proposal
+        self._rows: list[Row] = []
+        self.transaction = target.transaction()
+        self.emitted: list[int] = []
+        self.num_accepted = 0
+        self.error: Exception | None = None
+
+    @property
+    def num_drafted(self) -> int:
+        return len(self._proposal.drafts)
+
+    @property
+    def logprobs(self) -> list[mx.array]:
+        return [row.logprobs for row in self._rows]
+
+    def run(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
+        """Feed tokens, shape ``[1 + num_drafted]``, and return the target's states."""
+        forward = partial(_forward_rows, self._target, tokens, embeddings)
+        self.states = self.transaction.run(forward, 1 + self.num_drafted)
+        return self.states
+
+    def dispatch(self, is_read: bool) -> None:
+        """Start the work; if the round is not to be read, without any logits."""
+        self._is_read = is_read
+        if not is_read:
+            mx.async_eval(self.states)
+            return
+        self._logits = self._target.project(self.states)
+        if self._verifier.is_stepwise:
+            mx.async_eval(self._logits, self.states)
+            return
+        self._rows = list(self._verifier.rows(self._logits, self._proposal))
+        self._packed = mx.concatenate(
+            [row.token for row in self._rows] + [_num_accepted(self._rows)]
+        )
+        mx.async_eval(self._packed, self.logprobs, self.states)
+
+    def collect(self) -> None:
+        """Wait for the round."""
+        if not self._is_read:
+            mx.eval(self.states)
+        elif self._verifier.is_stepwise:
+            self._walk()
+        else:
+            *tokens, self.num_accepted = self._packed.tolist()
+            self.emitted = tokens[: self.num_accepted + 1]
+
+    def _walk(self) -> None:
+        """Judge row after row, none before its draft token is known to be accepted."""
+        try:
+            for row in self._verifier.rows(self._logits, self._proposal):
+                token, is_accepted = mx.concatenate(
+                    [row.token, row.is_accepted]
+                ).tolist()
+                self._rows.append(row)
+                self.emitted.append(token)
+                if not is_accepted:
+                    break
+                self.num_accepted += 1
+        except Exception as error:
+            self.error = error
+
+
+def _forward_rows(
+    target: Target, tokens: mx.array, embeddings: mx.array | None, num_rows: int
+) -> mx.array:
+    rows = None if embeddings is None else embeddings[:num_rows]
+    return target.forward(tokens[:num_rows], rows)
+
+
+def _num_accepted(rows: list[Row]) -> mx.array:
+    """How many rows come before the first that is not accepted, shape ``[1]``."""
+    is_accepted = mx.concatenate([row.is_accepted for row in rows])
+    return mx.cumprod(is_accepted.astype(mx.int32)).sum(keepdims=True)

@@ -1,0 +1,93 @@
+"""The rows of a verify pass: processed as plain decoding would, then judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx_lm.sample_utils import LogitsProcessor, Sampler
+
+from ._acceptance import DraftToken, is_pure, rule_for
+
+
+class Row(NamedTuple):
+    """The target's word on one position.
+
+    Args:
+        token (mx.array): Shape ``[1]``.
+        is_accepted (mx.array): Whether that is the draft token, shape ``[1]``.
+        logprobs (mx.array): Shape ``[vocab]``, before the sampler's filters.
+    """
+
+    token: mx.array
+    is_accepted: mx.array
+    logprobs: mx.array
+
+
+class Verifier:
+    """Applies the user's logits processors and sampler to drafts and target rows.
+
+    Args:
+        sampler (Sampler, optional): As in mlx-lm's ``generate_step``.
+        processors (Sequence[LogitsProcessor], optional): Likewise.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | None = None,
+        processors: Sequence[LogitsProcessor] | None = None,
+    ):
+        self.rule = rule_for(sampler)
+        self.processors = list(processors or [])
+        self.draft_processors = [p for p in self.processors if is_pure(p)]
+        self.is_stepwise = self.rule.is_stepwise or (
+            self.draft_processors != self.processors
+        )
+
+    def rows(self, logits: mx.array, proposal: Proposal) -> Iterator[Row]:
+        """Judge the rows of ``logits``, shape ``[1, num_rows, vocab]``, in order."""
+        for row in range(logits.shape[1]):
+            logprobs = logprobs_of(
+                logits[:, row, :], proposal.histories[row], self.processors
+            )
+            draft = proposal.drafts[row] if row < len(proposal.drafts) else None
+            token, is_accepted = self.rule.judge(logprobs, draft)
+            yield Row(token, is_accepted, logprobs.squeeze(0))
+
+
+class Proposal:
+    """The draft tokens of one round, and the tokens before each of its rows.
+
+    Args:
+        verifier (Verifier): Whose processors and rule the drafts follow.
+        history (mx.array, optional): Tokens up to and including the first one that the
+          round feeds to the target, ``[num_tokens]``.
+    """
+
+    def __init__(self, verifier: Verifier, history: mx.array | None):
+        self._verifier = verifier
+        self.drafts: list[DraftToken] = []
+        self.histories = [history]
+
+    @property
+    def tokens(self) -> list[mx.array]:
+        return [draft.token for draft in self.drafts]
+
+    def add(self, logits: mx.array) -> None:
+        history = self.histories[-1]
+        logprobs = logprobs_of(logits, history, self._verifier.draft_processors)
+        draft = self._verifier.rule.propose(logprobs)
+        self.drafts.append(draft)
+        if history is not None:
+            history = mx.concatenate([history, draft.token])
+        self.histories.append(history)
+
+
+def logprobs_of(
+    logits: mx.array, history: mx.array | None, processors: Sequence[LogitsProcessor]
+) -> mx.array:
+    if history is not None:
+        for processor in processors:
+            logits = processor(history, logits)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

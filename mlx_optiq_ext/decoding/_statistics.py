@@ -1,0 +1,75 @@
+"""What speculation did, as counts; every rate is derived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SpeculationStats:
+    """Counts of one generation.
+
+    A round is one verify pass over at least one draft token. Position 0 is the first
+    draft token of a round.
+
+    Args:
+        num_tokens (int): Tokens emitted.
+        num_target_calls (int): Forward passes of the target that emitted tokens.
+        num_rounds (int): Rounds.
+        num_drafted_per_position (list[int]): Draft tokens verified, by position.
+        num_accepted_per_position (list[int]): Draft tokens emitted, by position.
+    """
+
+    num_tokens: int = 0
+    num_target_calls: int = 0
+    num_rounds: int = 0
+    num_drafted_per_position: list[int] = field(default_factory=list)
+    num_accepted_per_position: list[int] = field(default_factory=list)
+
+    def add_round(self, num_drafted: int) -> None:
+        self.num_target_calls += 1
+        self.num_rounds += num_drafted > 0
+        missing = num_drafted - len(self.num_drafted_per_position)
+        self.num_drafted_per_position += [0] * missing
+        self.num_accepted_per_position += [0] * missing
+        for position in range(num_drafted):
+            self.num_drafted_per_position[position] += 1
+
+    def add_token(self, accepted_position: int | None) -> None:
+        self.num_tokens += 1
+        if accepted_position is not None:
+            self.num_accepted_per_position[accepted_position] += 1
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(self.num_drafted_per_position)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.num_accepted_per_position)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted draft tokens over draft tokens verified."""
+        return self.num_accepted / max(self.num_drafted, 1)
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """Accepted over verified, for each position of the draft."""
+        pairs = zip(
+            self.num_accepted_per_position, self.num_drafted_per_position, strict=True
+        )
+        return [num_accepted / num_drafted for num_accepted, num_drafted in pairs]
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per round, the recovered or bonus token included."""
+        return 1 + self.num_accepted / max(self.num_rounds, 1)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_rounds} rounds, "
+            f"{self.mean_accepted_length:.3f} tokens-per-round, "
+            f"{self.num_accepted} of {self.num_drafted} draft tokens accepted "
+            f"({self.acceptance_rate:.1%})"
+        )

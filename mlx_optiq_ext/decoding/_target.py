@@ -1,0 +1,122 @@
+"""The target and its cache entries, as the decode loop sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import CacheList, RotatingKVCache, make_prompt_cache
+
+from ..rollback import Tape, Transaction, can_tape, marks
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Those of mlx-lm's ``generate_step``."""
+
+    max_kv_size: int | None
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
+
+
+class Target:
+    """A model with the cache of one sequence.
+
+    Args:
+        model (nn.Module): The model.
+        reads_hidden_states (bool): Whether ``forward`` returns hidden states, or the
+          logits themselves.
+        prompt_cache (list[Any], optional): Entries to use, the target's first.
+        options (CacheOptions): How to make and quantise entries.
+
+    Raises:
+        ValueError: If ``prompt_cache`` has too few entries for the model.
+        SpeculationError: If an entry cannot be rolled back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reads_hidden_states: bool,
+        prompt_cache: list[Any] | None,
+        options: CacheOptions,
+    ):
+        made = make_prompt_cache(model, options.max_kv_size)
+        self.cache = made if prompt_cache is None else prompt_cache
+        self.num_entries = len(made)
+        if len(self.cache) < self.num_entries:
+            raise ValueError(
+                f"prompt_cache has {len(self.cache)} entries, expected "
+                f"{self.num_entries} for this model."
+            )
+        for entry in self.entries:
+            marks(entry)
+        self._call = model.hidden_states if reads_hidden_states else model
+        self._project = model.project if reads_hidden_states else None
+        self._can_tape = can_tape(model)
+        self._options = options
+
+    @property
+    def entries(self) -> list[Any]:
+        return self.cache[: self.num_entries]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the cache; 0 where no entry counts them."""
+        offsets = [getattr(entry, "offset", 0) for entry in _leaves(self.entries)]
+        return max(offsets, default=0)
+
+    def forward(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
+        """States of the next tokens, ``[1, num_tokens, hidden]``."""
+        if embeddings is None:
+            return self._call(tokens[None], cache=self.entries)
+        return self._call(
+            tokens[None], cache=self.entries, input_embeddings=embeddings[None]
+        )
+
+    def project(self, states: mx.array) -> mx.array:
+        """Logits ``[1, num_tokens, vocab]`` of states."""
+        return states if self._project is None else self._project(states)
+
+    def transaction(self) -> Transaction:
+        return Transaction(self.entries, Tape() if self._can_tape else None)
+
+    def quantize(self) -> None:
+        options, entries = self._options, self.entries
+        maybe_quantize_kv_cache(
+            entries, options.quantized_kv_start, options.kv_group_size, options.kv_bits
+        )
+        self.cache[: self.num_entries] = entries
+
+    @property
+    def max_rows(self) -> float:
+        """Rows that one pass may have to compute what as many passes would."""
+        num_quantizable = sum(hasattr(entry, "to_quantized") for entry in self.entries)
+        limits = map(_max_rows, _leaves(self.entries))
+        if self._options.kv_bits is None or num_quantizable == 0:
+            return min(limits, default=math.inf)
+        # Plain decoding quantises after the token that reaches the start, so that
+        # token is fed alone.
+        start = self._options.quantized_kv_start - 1
+        return max(min(start - self.num_tokens, *limits), 1)
+
+
+def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
+    for entry in entries:
+        if isinstance(entry, CacheList):
+            yield from _leaves(entry.caches)
+        else:
+            yield entry
+
+
+def _max_rows(entry: Any) -> float:
+    """Once full, a ring that keeps its first tokens drops them for later rows."""
+    if isinstance(entry, RotatingKVCache) and entry.keep > 0:
+        return max(entry.max_size - entry.offset, 1)
+    return math.inf

@@ -1,0 +1,97 @@
+"""Drafting with an ordinary, smaller language model.
+
+Invariant between generations: the draft model's cache holds the tokens that the
+target's holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .._errors import SpeculationError
+from ..rollback import Tape, Transaction, can_tape
+from ._protocol import Proposal
+
+
+class DraftModelDrafter:
+    """Drafts with a model that has the target's tokenizer.
+
+    Args:
+        model (nn.Module): The draft model.
+    """
+
+    reads_hidden_states = False
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def open(
+        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+    ) -> DraftModelSession:
+        entries = make_prompt_cache(self._model)
+        own = prompt_cache[num_target_entries:]
+        if own and len(own) != len(entries):
+            raise SpeculationError(
+                "Cannot speculate: behind the model's own entries the prompt cache "
+                f"has {len(own)}, expected {len(entries)} for this draft model."
+            )
+        if own:
+            entries = own
+        prompt_cache[num_target_entries:] = entries
+        return DraftModelSession(self._model, entries, num_tokens)
+
+
+class DraftModelSession:
+    """The draft model at work on one sequence."""
+
+    def __init__(self, model: nn.Module, entries: list[Any], num_tokens: int):
+        self._model = model
+        self._entries = entries
+        self._num_tokens = num_tokens
+        self._can_tape = can_tape(model)
+        self._last_seen = Transaction(entries)
+        self._num_last_seen = 0
+
+    def prefill(
+        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+    ) -> None:
+        if embeddings is not None:
+            raise ValueError("A draft model does not support input embeddings.")
+        self._num_tokens += tokens.size
+        self._forward(tokens)
+
+    def draft(
+        self,
+        tokens: mx.array,
+        states: mx.array,
+        num_draft_tokens: int,
+        proposal: Proposal,
+    ) -> None:
+        logits = self._see(tokens)
+        chain = Transaction(self._entries)
+        for position in range(num_draft_tokens):
+            if position:
+                logits = self._forward(proposal.tokens[-1])
+            proposal.add(logits[:, -1])
+        if num_draft_tokens > 1:
+            chain.keep(0)
+
+    def close(self, num_tokens: int, last_state: mx.array | None) -> None:
+        num_extra = self._num_tokens - num_tokens
+        if num_extra > 0:
+            self._last_seen.keep(self._num_last_seen - num_extra)
+
+    def _see(self, tokens: mx.array) -> mx.array:
+        self._num_last_seen = tokens.size
+        self._num_tokens += tokens.size
+        self._last_seen = Transaction(self._entries, Tape() if self._can_tape else None)
+        return self._last_seen.run(
+            lambda num_rows: self._forward(tokens[:num_rows]), tokens.size
+        )
+
+    def _forward(self, tokens: mx.array) -> mx.array:
+        return self._model(tokens[None], cache=self._entries)

@@ -1,0 +1,115 @@
+"""Drafting with the multi-token-prediction head of a Qwen3.5 or Qwen3.6 model.
+
+The head reads pairs (state of token p, embedding of token p + 1) and predicts token
+p + 2. Invariant between generations: with N tokens in the target's cache, the head's KV
+cache holds the pairs of the first N - 1 tokens, and the state of the last one waits in
+an ``ArraysCache`` beside it for the token that will follow. The number N is kept there
+too: when it is not that of the target, somebody has decoded without the head, and it
+starts afresh.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+
+from .._errors import SpeculationError
+from ..mixins.qwen3_5 import MTPMixin
+from ._protocol import Proposal
+
+STATE, NUM_TOKENS = 0, 1  # slots of the ArraysCache
+
+
+class MTPDrafter:
+    """Drafts with a model's own MTP head.
+
+    Args:
+        model (MTPMixin): A model with its head attached.
+    """
+
+    reads_hidden_states = True
+
+    def __init__(self, model: MTPMixin):
+        self._model = model
+
+    def open(
+        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+    ) -> MTPSession:
+        own = prompt_cache[num_target_entries:]
+        if not _is_usable(own, num_tokens):
+            own = self._model.make_mtp_cache()
+            prompt_cache[num_target_entries:] = own
+        kv_cache, arrays = own
+        return MTPSession(self._model, kv_cache, arrays, num_tokens)
+
+
+class MTPSession:
+    """The head at work on one sequence."""
+
+    def __init__(
+        self, model: MTPMixin, kv_cache: KVCache, arrays: ArraysCache, num_tokens: int
+    ):
+        self._model = model
+        self._kv_cache = kv_cache
+        self._arrays = arrays
+        # Tokens before the head's first pair: a cache filled without the head.
+        is_fresh = arrays[STATE] is None
+        self._num_unseen = num_tokens - (0 if is_fresh else kv_cache.offset + 1)
+
+    def prefill(
+        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+    ) -> None:
+        if embeddings is None:
+            embeddings = self._model.embed(tokens)
+        earlier = states[:, :-1]
+        if self._arrays[STATE] is not None:
+            earlier = mx.concatenate([self._arrays[STATE], earlier], axis=1)
+        num_pairs = earlier.shape[1]
+        if num_pairs:
+            self._see(embeddings[None, -num_pairs:], earlier)
+        self._arrays[STATE] = states[:, -1:]
+
+    def draft(
+        self,
+        tokens: mx.array,
+        states: mx.array,
+        num_draft_tokens: int,
+        proposal: Proposal,
+    ) -> None:
+        hidden = self._see(self._model.embed(tokens)[None], states)[:, -1:]
+        for position in range(num_draft_tokens):
+            if position:
+                embeddings = self._model.embed(proposal.tokens[-1])[None]
+                hidden = self._see(embeddings, hidden)
+            proposal.add(self._model.project(hidden)[:, -1])
+        self._kv_cache.trim(max(num_draft_tokens - 1, 0))
+
+    def close(self, num_tokens: int, last_state: mx.array | None) -> None:
+        num_pairs = max(num_tokens - 1 - self._num_unseen, 0)
+        self._kv_cache.trim(max(self._kv_cache.offset - num_pairs, 0))
+        if last_state is not None:
+            self._arrays[STATE] = last_state
+        if self._arrays[STATE] is not None:
+            self._arrays[NUM_TOKENS] = mx.array([[num_tokens]])
+
+    def _see(self, embeddings: mx.array, states: mx.array) -> mx.array:
+        return self._model.mtp(embeddings, states, cache=self._kv_cache)
+
+
+def _is_usable(entries: list[Any], num_tokens: int) -> bool:
+    """Whether entries behind the target's are the head's and up to date."""
+    if not entries:
+        return False
+    if [type(entry) for entry in entries] not in (
+        [KVCache, ArraysCache],
+        [QuantizedKVCache, ArraysCache],
+    ):
+        found = ", ".join(type(entry).__name__ for entry in entries)
+        raise SpeculationError(
+            "Cannot speculate with the MTP head: behind the model's own entries the "
+            f"prompt cache has {found}, not the KVCache and ArraysCache of an MTP head."
+        )
+    num_seen = entries[1][NUM_TOKENS]
+    return num_seen is not None and num_seen.item() == num_tokens

@@ -1,0 +1,34 @@
+"""Whether a call of mlx-lm asks for speculation; cheap, for every call passes here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+DRAFT_MODEL_POSITION = 4  # of stream_generate's positional arguments
+
+
+@dataclass
+class CommandLineRequest:
+    """What the command line asked for; set while its arguments are parsed."""
+
+    mtp: str | bool | None = None
+    num_draft_tokens: int | None = None
+
+
+command_line: ContextVar[CommandLineRequest | None] = ContextVar(
+    "command_line", default=None
+)
+
+
+def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether neither the arguments nor the command line mention speculation."""
+    request = command_line.get()
+    return (
+        "mtp" not in kwargs
+        and kwargs.get("draft_model") is None
+        and len(args) <= DRAFT_MODEL_POSITION
+        and (request is None or not request.mtp)
+    )

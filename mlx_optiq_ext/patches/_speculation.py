@@ -1,0 +1,132 @@
+"""Speculation on its way through mlx-lm, in the place of a draft model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+from .._options import check_num_draft_tokens
+from ..decoding import SpeculationStats, spec_generate_step
+from ..decoding._step import Token
+from ..drafters import Drafter, DraftModelDrafter, MTPDrafter
+from ..mixins.qwen3_5 import attach_mtp
+from ._request import command_line
+
+# mlx-lm drops these where there is a draft model, or refuses them.
+CARRIED_OPTIONS = ("max_kv_size", "prompt_progress_callback", "input_embeddings")
+
+
+class Speculation:
+    """What mlx-lm takes for a draft model and hands back to us.
+
+    Args:
+        drafter (Drafter): What proposes tokens.
+        num_draft_tokens (int, optional): Default: that of ``spec_generate_step``.
+    """
+
+    def __init__(self, drafter: Drafter, num_draft_tokens: int | None = None):
+        self._settings: dict[str, Any] = {"drafter": drafter}
+        if num_draft_tokens is not None:
+            self._settings["num_draft_tokens"] = num_draft_tokens
+        self._steps: Generator[Token, None, None] | None = None
+        self.stats = SpeculationStats()
+
+    def carry(self, options: dict[str, Any]) -> None:
+        """Move what mlx-lm would drop out of ``options``."""
+        for name in CARRIED_OPTIONS:
+            if name in options:
+                self._settings[name] = options.pop(name)
+
+    def steps(self, **arguments: Any) -> Generator[Token, None, None]:
+        arguments.pop("num_draft_tokens", None)
+        self._steps = spec_generate_step(
+            **arguments, **self._settings, stats=self.stats
+        )
+        return self._steps
+
+    def responses(
+        self, responses: Generator[GenerationResponse, None, None]
+    ) -> Iterator[GenerationResponse]:
+        """Pass on responses; the last has statistics and leaves the cache settled."""
+        with contextlib.closing(responses):
+            for response in responses:
+                if response.finish_reason is not None:
+                    if self._steps is not None:
+                        self._steps.close()
+                    response.speculation = self.stats
+                yield response
+
+
+def take_request(
+    model: nn.Module, options: dict[str, Any]
+) -> Speculation | nn.Module | None:
+    """Take the request for speculation out of keyword arguments.
+
+    Returns:
+        Speculation, or the ``draft_model`` of ``options`` if mlx-lm can deal with it.
+
+    Raises:
+        ValueError: If the request is malformed or contradicts another argument.
+        SpeculationError: If the model cannot do what is asked.
+    """
+    request = command_line.get()
+    if request is not None and request.mtp:
+        options |= {"mtp": request.mtp, "num_draft_tokens": request.num_draft_tokens}
+    mtp, draft_model = options.pop("mtp", None), options.get("draft_model")
+    if isinstance(draft_model, Speculation):
+        return draft_model
+    if mtp is None or mtp is False:
+        return draft_model and rescued(model, draft_model, options)
+    if draft_model is not None:
+        raise ValueError("mtp and draft_model exclude each other, got both.")
+    source = _check_mtp(mtp)
+    num_draft_tokens = options.pop("num_draft_tokens", None)
+    if num_draft_tokens is not None:
+        check_num_draft_tokens(num_draft_tokens)
+    attach_mtp(model, source)
+    return Speculation(MTPDrafter(model), num_draft_tokens)
+
+
+def rescued(
+    model: nn.Module,
+    draft_model: nn.Module | Speculation,
+    options: Mapping[str, Any],
+) -> nn.Module | Speculation:
+    """The draft model, as speculation of ours where mlx-lm's own cannot roll back."""
+    if isinstance(draft_model, Speculation):
+        return draft_model
+    cache = options.get("prompt_cache") or (
+        make_prompt_cache(model) + make_prompt_cache(draft_model)
+    )
+    if not any(map(_is_untrimmable, cache)):
+        return draft_model
+    return Speculation(
+        DraftModelDrafter(draft_model), options.get("num_draft_tokens", 2)
+    )
+
+
+def _check_mtp(mtp: Any) -> str | None:
+    """The source of the head that an ``mtp`` argument names."""
+    if mtp is True:
+        return None
+    if isinstance(mtp, (str, os.PathLike)) and os.fspath(mtp):
+        return os.fspath(mtp)
+    raise ValueError(f"mtp must be True, False or a path, got {mtp!r}.")
+
+
+def _is_untrimmable(entry: Any) -> bool:
+    """Whether an entry cannot be trimmed, or no more once its window is full."""
+    if isinstance(entry, CacheList):
+        return any(map(_is_untrimmable, entry.caches))
+    return isinstance(entry, (ArraysCache, RotatingKVCache))

@@ -1,0 +1,80 @@
+"""Inputs of the gated delta recurrence, kept so that a shorter run can be replayed.
+
+A verify pass leaves a recurrent layer with the state after its last row. The state
+after an earlier row is found by running mlx-lm's own recurrence again on fewer rows,
+which costs a fraction of a layer and is bit-identical to never having run the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.qwen3_5 import GatedDeltaNet
+
+from ..patches.models import recorder
+
+NUM_ROW_INPUTS = 5  # q, k, v, a, b of gated_delta_update have a row for each token
+
+_active: ContextVar[Tape | None] = ContextVar("active", default=None)
+
+
+class TapedConv1d(nn.Conv1d):
+    """The convolution of a gated delta layer, which shows its input to the tape."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if (tape := _active.get()) is not None:
+            tape.conv_inputs.append(x)
+        return super().__call__(x)
+
+
+class Tape:
+    """What the recurrent layers of one model read during one forward pass."""
+
+    def __init__(self) -> None:
+        self.conv_inputs: list[mx.array] = []
+        self._updates: list[tuple[Any, Any, Any]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        tokens = _active.set(self), recorder.set(self._record)
+        try:
+            yield
+        finally:
+            _active.reset(tokens[0])
+            recorder.reset(tokens[1])
+
+    def has_all(self, num_layers: int) -> bool:
+        """Whether every layer was recorded; none is while mlx-lm is not patched."""
+        return len(self.conv_inputs) == len(self._updates) == num_layers
+
+    def replay(self, entries: Sequence[ArraysCache], num_rows: int) -> None:
+        """Set the recurrent states to those after the first ``num_rows`` rows."""
+        recorded = zip(entries, self.conv_inputs, self._updates, strict=True)
+        for entry, conv_input, (update, args, kwargs) in recorded:
+            inputs = args[:NUM_ROW_INPUTS]
+            # The input of the convolution is its state followed by the new rows.
+            num_state_rows = conv_input.shape[1] - inputs[0].shape[1]
+            end = num_rows + num_state_rows
+            entry[0] = mx.contiguous(conv_input[:, num_rows:end])
+            rows = [x[:, :num_rows] for x in inputs]
+            _, entry[1] = update(*rows, *args[NUM_ROW_INPUTS:], **kwargs)
+
+    def _record(self, update: Any, args: Any, kwargs: Any) -> None:
+        self._updates.append((update, args, kwargs))
+
+
+def can_tape(model: nn.Module) -> bool:
+    """Prepare the model for a tape; False if its recurrence is not one we know."""
+    mixers = [layer.linear_attn for layer in model.layers if "linear_attn" in layer]
+    for mixer in mixers:
+        if not isinstance(mixer, GatedDeltaNet):
+            return False
+        if type(mixer.conv1d) is nn.Conv1d:
+            mixer.conv1d.__class__ = TapedConv1d
+    return bool(mixers)

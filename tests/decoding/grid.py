@@ -1,0 +1,179 @@
+"""The grid of cases in which speculation must equal plain decoding to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+
+from mlx_optiq_ext import SpeculationStats, spec_generate_step
+from tests.helpers import (
+    ScriptedDrafter,
+    assert_same_cache,
+    assert_same_tokens,
+    load_tiny,
+    often_right,
+)
+
+NUM_TOKENS = 97
+VOCAB_SIZE = 320
+DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "model": ("dense", "moe", "dense-4bit", "moe-4bit", "dense-bf16"),
+    "drafter": ("script", "mtp"),
+    "num_draft_tokens": (1, 2, 3, 4),
+    "num_prompt_tokens": (1, 2, 600, 2500),
+    "prefill_step_size": (512, 2048),
+    "max_tokens": (1, 2, NUM_TOKENS),
+    "ending": ("limit", "in a run", "after a run"),
+    "kv": ("none", "8 bits", "4 bits from token 20 on"),
+    "processors": ("none", "repetition", "presence", "bias"),
+}
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "repetition": {"repetition_penalty": 1.3},
+    "presence": {"presence_penalty": 0.8, "frequency_penalty": 0.3},
+    "bias": {"logit_bias": {7: 3.0, 19: -2.0}},
+}
+
+
+class Case(NamedTuple):
+    model: str
+    drafter: str
+    num_draft_tokens: int
+    num_prompt_tokens: int
+    prefill_step_size: int
+    max_tokens: int
+    ending: str
+    kv: str
+    processors: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        kv: dict[str, dict[str, Any]] = {
+            "none": {},
+            "8 bits": {"kv_bits": 8, "quantized_kv_start": 0},
+            "4 bits from token 20 on": {
+                "kv_bits": 4,
+                "quantized_kv_start": self.num_prompt_tokens + 20,
+            },
+        }
+        return {
+            "prefill_step_size": self.prefill_step_size,
+            "logits_processors": make_logits_processors(**PROCESSORS[self.processors]),
+            "kv_group_size": 32,
+            **kv[self.kv],
+        }
+
+
+def all_cases() -> Iterator[Case]:
+    return itertools.starmap(Case, itertools.product(*DIMENSIONS.values()))
+
+
+def covering_cases(**fixed: Any) -> list[Case]:
+    """Cases in which every pair of values of two dimensions occurs.
+
+    Args:
+        fixed: Dimensions of which only one value is wanted.
+    """
+    values = {**DIMENSIONS, **{name: (value,) for name, value in fixed.items()}}
+    missing = {
+        pair
+        for (one, other) in itertools.combinations(enumerate(values.values()), 2)
+        for pair in itertools.product(
+            *([(index, value) for value in choices] for index, choices in (one, other))
+        )
+    }
+    chooser, chosen = random.Random(1), []
+    while missing:
+        candidates = [Case(*map(chooser.choice, values.values())) for _ in range(300)]
+        best = max(candidates, key=lambda case: len(missing & pairs(case)))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def pairs(case: Case) -> set[Any]:
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+def prompt_of(case: Case) -> mx.array:
+    return mx.random.randint(
+        0, VOCAB_SIZE, (case.num_prompt_tokens,), key=mx.random.key(5)
+    )
+
+
+@cache
+def model_of(kind: str) -> nn.Module:
+    return load_tiny(kind)
+
+
+def check(case: Case) -> SpeculationStats:
+    """Compare speculation with plain decoding: tokens, log probabilities, cache."""
+    model, prompt, options = model_of(case.model), prompt_of(case), case.options
+    plain_cache, own_cache = make_prompt_cache(model), make_prompt_cache(model)
+    num_entries, stats = len(plain_cache), SpeculationStats()
+    speculative = take(
+        case.ending,
+        spec_generate_step(
+            prompt,
+            model,
+            drafter=drafter_of(case),
+            num_draft_tokens=case.num_draft_tokens,
+            max_tokens=case.max_tokens,
+            prompt_cache=own_cache,
+            stats=stats,
+            **options,
+        ),
+    )
+    steps = generate_step(
+        prompt,
+        model,
+        max_tokens=case.max_tokens,
+        prompt_cache=plain_cache,
+        **options,
+    )
+    plain = list(itertools.islice(steps, len(speculative)))
+    assert_same_tokens(plain, speculative)
+    assert_same_cache(plain_cache, own_cache[:num_entries])
+    following = [
+        list(
+            generate_step(
+                mx.array([3]), model, max_tokens=6, prompt_cache=cache_, **options
+            )
+        )
+        for cache_ in (plain_cache, own_cache)
+    ]
+    assert_same_tokens(*following)
+    return stats
+
+
+def drafter_of(case: Case) -> ScriptedDrafter | None:
+    if case.drafter == "mtp":
+        return None
+    return ScriptedDrafter(plain_tokens(case), VOCAB_SIZE, often_right)
+
+
+def plain_tokens(case: Case) -> list[int]:
+    steps = generate_step(
+        prompt_of(case), model_of(case.model), max_tokens=NUM_TOKENS, **case.options
+    )
+    return [token for token, _ in steps]
+
+
+def take(ending: str, steps: Iterator[Any]) -> list[Any]:
+    """Consume a generator to its end, or drop it at a token of the wanted kind."""
+    taken = []
+    for step in steps:
+        taken.append(step)
+        is_draft = step[2]
+        if ending != "limit" and len(taken) > 10 and is_draft == (ending == "in a run"):
+            break
+    return taken

@@ -1,0 +1,121 @@
+"""The command lines of mlx-lm, as the processes that users start."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import DEMO
+
+PROMPT = ["--prompt", "def read(path):", "--ignore-chat-template"]
+
+
+def run(command: str, *arguments: object, text: str = "") -> tuple[int, str, str]:
+    """Exit code and both outputs of ``mlx_lm.<command>``."""
+    process = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=text,
+        cwd="/",
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+def text_of(output: str) -> str:
+    return output.split("==========\n")[1]
+
+
+def test_generate_prints_the_same_text_and_one_more_line() -> None:
+    arguments = ("--model", DEMO, *PROMPT, "--max-tokens", 60)
+    code, plain, _ = run("generate", *arguments)
+    code_too, speculative, _ = run("generate", *arguments, "--mtp")
+    assert (code, code_too) == (0, 0)
+    assert text_of(plain) == text_of(speculative)
+    pattern = r"Speculation: (\d+) rounds, .* of (\d+) draft tokens accepted .*%\)\n$"
+    counts = re.search(pattern, speculative)
+    assert counts is not None
+    # One token a round is the default, whatever upstream's for draft models is.
+    assert counts[1] == counts[2]
+    assert "Speculation" not in plain
+
+
+def test_generate_takes_a_path_and_a_number_of_draft_tokens() -> None:
+    code, output, _ = run(
+        "generate", "--model", DEMO, *PROMPT, "--mtp", DEMO, "--num-draft-tokens", 3
+    )
+    assert code == 0
+    rounds, drafted = re.search(r"(\d+) rounds.* of (\d+) draft", output).groups()
+    assert int(drafted) > 2 * int(rounds)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("generate", ["--mtp", "--draft-model", "x"], "not allowed with argument"),
+        ("generate", ["--mtp", "--num-draft-tokens", "9"], "from 1 to 8, got 9"),
+        ("chat", ["--mtp", "--num-draft-tokens", "0"], "from 1 to 8, got 0"),
+        ("benchmark", ["--mtp", "-b", "2"], "needs --batch-size 1"),
+    ],
+)
+def test_contradictory_arguments_are_a_usage_error(
+    command: str, arguments: list[str], message: str
+) -> None:
+    code, _, error = run(command, *arguments)
+    assert code == 2
+    assert message in error
+
+
+def test_a_head_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    code, _, error = run("generate", "--model", DEMO, *PROMPT, "--mtp", tmp_path)
+    assert code == 1
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: Cannot speculate")
+    assert str(tmp_path) in error
+
+
+def test_chat_speculates_in_every_turn() -> None:
+    turns = "Write a function\nAnother one\nq\n"
+    code, plain, _ = run("chat", "--model", DEMO, "-m", 30, text=turns)
+    code_too, speculative, _ = run(
+        "chat", "--model", DEMO, "-m", 30, "--mtp", text=turns
+    )
+    assert (code, code_too) == (0, 0)
+    assert without_figures(plain) == without_figures(speculative)
+
+
+def without_figures(output: str) -> str:
+    return re.sub(r"[\d.]+", "", output)
+
+
+def test_benchmark_runs_with_the_head() -> None:
+    code, output, _ = run(
+        "benchmark", "--model", DEMO, "-p", 16, "-g", 16, "-n", 1, "--mtp"
+    )
+    assert code == 0
+    assert "Averages" in output
+
+
+def test_a_prompt_cache_from_a_file_is_primed(tmp_path: Path) -> None:
+    file = tmp_path / "cache.safetensors"
+    saved, _, _ = run(
+        "cache_prompt",
+        "--model",
+        DEMO,
+        "--prompt",
+        "Write a function that reads a file",
+        "--prompt-cache-file",
+        file,
+        "--mtp",
+    )
+    assert saved == 0
+    arguments = ("--prompt-cache-file", file, "--prompt", "line by line", "-m", 40)
+    code, plain, _ = run("generate", *arguments)
+    code_too, speculative, _ = run("generate", *arguments, "--mtp")
+    assert (code, code_too) == (0, 0)
+    assert text_of(plain) == text_of(speculative)
+    assert "Speculation" in speculative
