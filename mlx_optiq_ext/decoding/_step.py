@@ -13,8 +13,8 @@ and the tokens yielded, and it is when the generator ends, for whatever reason.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,15 +25,10 @@ from mlx_lm.utils import does_model_support_input_embeddings
 
 from .._options import check_num_draft_tokens
 from ..drafters import Drafter, as_drafter
-from ._round import Round
-from ._rows import Proposal, Verifier
+from ._decoder import Decoder, ProgressCallback, Token
+from ._rows import Verifier
 from ._statistics import SpeculationStats
 from ._target import CacheOptions, Target
-
-CLEAR_CACHE_INTERVAL = 256  # tokens, as in mlx-lm's generate_step
-
-Token = tuple[int, mx.array, bool]
-ProgressCallback = Callable[[int, int], None]
 
 
 def spec_generate_step(
@@ -85,7 +80,7 @@ def spec_generate_step(
     drafter = as_drafter(drafter, model)
     options = CacheOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     with mx.stream(stream):
-        decoder = _Decoder(
+        decoder = Decoder(
             Target(model, drafter.reads_hidden_states, prompt_cache, options),
             drafter,
             Verifier(sampler, logits_processors),
@@ -93,163 +88,15 @@ def spec_generate_step(
             max_tokens,
             SpeculationStats() if stats is None else stats,
         )
-        yield from decoder.generate(
+        rounds = decoder.rounds(
             prompt,
             input_embeddings,
             prefill_step_size,
             prompt_progress_callback or (lambda *_: None),
         )
-
-
-class _Decoder:
-    """One generation.
-
-    ``_current`` is the round whose tokens are being yielded, ``_num_yielded`` how many
-    of them were, ``_ahead`` the round that is already under way, and ``_num_tokens``
-    how many tokens the target's cache held before the current round.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter,
-        verifier: Verifier,
-        num_draft_tokens: int,
-        max_tokens: int,
-        stats: SpeculationStats,
-    ):
-        self._target = target
-        self._num_tokens = target.num_tokens
-        self._session = drafter.open(target.cache, target.num_entries, self._num_tokens)
-        self._verifier = verifier
-        self._num_draft_tokens = num_draft_tokens
-        self._num_remaining = math.inf if max_tokens < 0 else max_tokens
-        self._stats = stats
-        self._history: mx.array | None = None
-        self._current: Round | None = None
-        self._ahead: Round | None = None
-        self._num_yielded = 0
-
-    def generate(
-        self,
-        prompt: mx.array,
-        embeddings: mx.array | None,
-        step_size: int,
-        callback: ProgressCallback,
-    ) -> Generator[Token, None, None]:
-        num_prompt_tokens = len(prompt if embeddings is None else embeddings)
-        try:
-            if self._verifier.processors and len(prompt):
-                self._history = prompt
-            callback(0, num_prompt_tokens)
-            for num_processed in self._prefill(prompt, embeddings, step_size):
-                callback(num_processed, num_prompt_tokens)
-            rest = slice(num_prompt_tokens - 1, None)
-            first = self._first_round(
-                prompt[rest], None if embeddings is None else embeddings[rest]
-            )
-            first.collect()
-            callback(num_prompt_tokens, num_prompt_tokens)
-            if self._num_remaining:
-                for current in self._rounds(first):
-                    yield from self._emit(current)
-        finally:
-            self._settle()
-
-    def _prefill(
-        self, prompt: mx.array, embeddings: mx.array | None, step_size: int
-    ) -> Iterator[int]:
-        """Process all but the last token, in the chunks of ``generate_step``."""
-        num_tokens = len(prompt if embeddings is None else embeddings) - 1
-        for start in range(0, num_tokens, step_size):
-            chunk = slice(start, min(start + step_size, num_tokens))
-            rows = None if embeddings is None else embeddings[chunk]
-            states = self._target.forward(prompt[chunk], rows)
-            self._session.prefill(prompt[chunk], states, rows)
-            self._target.quantize()
-            mx.eval([entry.state for entry in self._target.cache])
-            self._num_tokens += chunk.stop - chunk.start
-            yield chunk.stop
-            mx.clear_cache()
-
-    def _first_round(self, prompt: mx.array, embeddings: mx.array | None) -> Round:
-        proposal = Proposal(self._verifier, self._history)
-        first = Round(self._target, self._verifier, proposal)
-        states = first.run(prompt, embeddings)
-        self._current = first
-        self._session.prefill(prompt, states, embeddings)
-        first.dispatch(is_read=self._num_remaining > 0)
-        return first
-
-    def _rounds(self, current: Round) -> Iterator[Round]:
-        """Rounds whose tokens are to be emitted, each with the next one under way."""
-        while True:
-            self._stats.add_round(current.num_drafted)
-            self._num_remaining -= len(current.emitted)
-            if current.error is None:
-                following = self._launch(current)
-            yield current
-            if current.error is not None:
-                raise current.error
-            if not self._num_remaining:
-                return
-            self._num_tokens += len(current.emitted)
-            self._current, self._ahead, self._num_yielded = following, None, 0
-            current = following
-            current.collect()
-
-    def _launch(self, current: Round) -> Round:
-        """Start the next round from what the current one emitted."""
-        num_emitted = len(current.emitted)
-        current.transaction.keep(num_emitted)
-        self._target.quantize()
-        tokens = mx.array(current.emitted, mx.uint32)
-        if self._history is not None:
-            self._history = mx.concatenate([self._history, tokens])
-        elif self._verifier.processors:
-            self._history = tokens
-        proposal = Proposal(self._verifier, self._history)
-        states = current.states[:, :num_emitted]
-        self._session.draft(tokens, states, self._num_drafts(), proposal)
-        mx.async_eval(proposal.tokens)
-        self._ahead = following = Round(self._target, self._verifier, proposal)
-        following.run(mx.concatenate([tokens[-1:], *proposal.tokens]))
-        following.dispatch(is_read=self._num_remaining > 0)
-        return following
-
-    def _num_drafts(self) -> int:
-        """Draft tokens of the next round, which also emits one of the target's own."""
-        num_rows = min(self._num_remaining, self._target.max_rows)
-        return int(max(min(self._num_draft_tokens, num_rows - 1), 0))
-
-    def _emit(self, current: Round) -> Iterator[Token]:
-        for position, token in enumerate(current.emitted):
-            is_draft = position < current.num_accepted
-            self._stats.add_token(position if is_draft else None)
-            self._num_yielded += 1
-            yield token, current.logprobs[position], is_draft
-            if self._stats.num_tokens % CLEAR_CACHE_INTERVAL == 1:
-                mx.clear_cache()
-
-    def _settle(self) -> None:
-        """Bring every cache to hold the prompt and the tokens yielded, no more."""
-        num_tokens, last_state = self._num_tokens, None
-        if (current := self._current) is not None:
-            num_tokens += 1 + self._num_yielded
-            last_state = self._settle_rounds(current, self._num_yielded)
-        self._target.quantize()
-        self._session.close(num_tokens, last_state)
-        mx.async_eval([entry.state for entry in self._target.cache])
-
-    def _settle_rounds(self, current: Round, num_yielded: int) -> mx.array:
-        """Undo the rows behind the last token yielded and return its state."""
-        if self._ahead is not None:
-            if num_yielded == len(current.emitted):
-                self._ahead.transaction.keep(1)
-                return self._ahead.states[:, :1]
-            self._ahead.transaction.keep(0)
-        current.transaction.keep(1 + num_yielded)
-        return current.states[:, num_yielded : num_yielded + 1]
+        with contextlib.closing(rounds):
+            for current in rounds:
+                yield from decoder.emit(current)
 
 
 def _check_prompt(

@@ -32,6 +32,11 @@ class MTPMixin:
         """The attached head."""
         return self._mtp
 
+    @property
+    def num_entries(self) -> int:
+        """How many entries of a prompt cache are the model's, the head's apart."""
+        return len(self.language_model.layers)
+
     def hidden_states(
         self,
         inputs: mx.array,

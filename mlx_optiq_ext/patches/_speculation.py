@@ -18,8 +18,8 @@ from mlx_lm.models.cache import (
 
 from .._options import check_num_draft_tokens
 from ..decoding import SpeculationStats, spec_generate_step
-from ..decoding._step import Token
-from ..drafters import Drafter, DraftModelDrafter, MTPDrafter
+from ..decoding._decoder import Token
+from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter
 from ..mixins.qwen3_5 import attach_mtp
 from ._request import command_line
 
@@ -80,22 +80,32 @@ def take_request(
         ValueError: If the request is malformed or contradicts another argument.
         SpeculationError: If the model cannot do what is asked.
     """
-    request = command_line.get()
-    if request is not None and request.mtp:
-        options |= {"mtp": request.mtp, "num_draft_tokens": request.num_draft_tokens}
-    mtp, draft_model = options.pop("mtp", None), options.get("draft_model")
+    draft_model = options.get("draft_model")
     if isinstance(draft_model, Speculation):
         return draft_model
-    if mtp is None or mtp is False:
+    request = command_line.get()
+    if request is not None and request.is_speculative:
+        options |= vars(request)
+    mtp, draft = options.pop("mtp", None), options.pop("draft", None)
+    if mtp is False:
+        mtp = None
+    _check_one({"mtp": mtp, "draft": draft, "draft_model": draft_model})
+    if mtp is None and draft is None:
         return draft_model and rescued(model, draft_model, options)
-    if draft_model is not None:
-        raise ValueError("mtp and draft_model exclude each other, got both.")
-    source = _check_mtp(mtp)
     num_draft_tokens = options.pop("num_draft_tokens", None)
     if num_draft_tokens is not None:
         check_num_draft_tokens(num_draft_tokens)
-    attach_mtp(model, source)
+    if draft is not None:
+        drafter = as_drafter(draft, model, argument="draft")
+        return Speculation(drafter, num_draft_tokens)
+    attach_mtp(model, _check_mtp(mtp))
     return Speculation(MTPDrafter(model), num_draft_tokens)
+
+
+def _check_one(requests: Mapping[str, Any]) -> None:
+    names = [name for name, request in requests.items() if request is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} exclude each other, expected one.")
 
 
 def rescued(

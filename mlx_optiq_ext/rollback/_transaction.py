@@ -41,7 +41,10 @@ class _OffsetMark:
         self._offset = entry.offset
 
     def keep(self, num_rows: int) -> None:
-        self._entry.trim(self._entry.offset - self._offset - num_rows)
+        num_rejected = self._entry.offset - self._offset - num_rows
+        # Not every pass gets as far as this entry.
+        if num_rejected > 0:
+            self._entry.trim(num_rejected)
 
 
 class _ConcatenateMark:
@@ -81,7 +84,7 @@ class _RotatingMark:
     def keep(self, num_rows: int) -> None:
         entry = self._entry
         num_rejected = entry.offset - self._offset - num_rows
-        if num_rejected == 0:
+        if num_rejected <= 0:
             return
         if num_rows == 0:
             entry.keys, entry.values = self._keys, self._values

@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from mlx_optiq_ext import SpeculationStats, spec_generate_step
 from mlx_optiq_ext.decoding._acceptance import (
     DraftToken,
     ExactMatch,
@@ -27,7 +29,7 @@ from mlx_optiq_ext.decoding._rows import Proposal, Verifier, logprobs_of
 
 VOCAB_SIZE = 12
 NUM_DRAWS = 100_000
-XTC_DRAWS = 10_000  # one coin a call, so these cannot be drawn in one batch
+XTC_DRAWS = 4_000  # one coin a call, so these cannot be drawn in one batch
 TOLERATED_P_VALUE = 1e-4
 
 Distribution = np.ndarray[Any, np.dtype[np.float64]]
@@ -277,3 +279,43 @@ def test_only_the_processors_of_mlx_lm_are_known_to_be_pure() -> None:
     assert len(known) == 4
     assert all(map(is_pure, known))
     assert not is_pure(lambda tokens, logits: logits)
+
+
+class MarkovChain(nn.Module):
+    """A model whose next token depends on the last one alone, by a known table."""
+
+    def __init__(self, seed: int, noise: float = 0.0):
+        super().__init__()
+        shape = (VOCAB_SIZE, VOCAB_SIZE)
+        table = 1.5 * mx.random.normal(shape, key=mx.random.key(5))
+        self.table = table + noise * mx.random.normal(shape, key=mx.random.key(seed))
+        self.layers: list[nn.Module] = []
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        return self.table[inputs]
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+@pytest.mark.parametrize("name", ["recommended", "min-p"])
+def test_the_loop_draws_every_token_from_the_distribution_of_the_sampler(
+    name: str, num_draft_tokens: int
+) -> None:
+    mx.random.seed(24)
+    model, drafter = MarkovChain(0), MarkovChain(1, noise=0.7)
+    stats = SpeculationStats()
+    steps = spec_generate_step(
+        mx.array([0]),
+        model,
+        drafter=drafter,
+        num_draft_tokens=num_draft_tokens,
+        max_tokens=12_000,
+        sampler=make_sampler(**SETTINGS[name]),
+        stats=stats,
+    )
+    tokens = np.array([0] + [token for token, *_ in steps])
+    assert 0.4 < stats.acceptance_rate < 0.9
+    for last in range(VOCAB_SIZE):
+        following = tokens[1:][tokens[:-1] == last]
+        if len(following) > 100:
+            expected = exact(model.table[last][None], SETTINGS[name])
+            assert p_value(mx.array(following), expected) > TOLERATED_P_VALUE

@@ -1,0 +1,193 @@
+"""The rounds of one generation, and what may still have to be undone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator
+
+import mlx.core as mx
+from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE
+
+from ..drafters import Drafter
+from ._round import Round
+from ._rows import Proposal, Verifier
+from ._statistics import SpeculationStats
+from ._target import Target
+
+CLEAR_CACHE_INTERVAL = 256  # tokens, as in mlx-lm's generate_step
+
+Token = tuple[int, mx.array, bool]
+ProgressCallback = Callable[[int, int], None]
+
+
+class Decoder:
+    """One generation.
+
+    Args:
+        target (Target): The target with its cache.
+        drafter (Drafter): What proposes tokens.
+        verifier (Verifier): How tokens are drawn.
+        num_draft_tokens (int): Tokens to draft in a round.
+        max_tokens (int): Tokens to emit; no limit if negative.
+        stats (SpeculationStats): Counts what happens.
+        history (mx.array, optional): Tokens before the prompt that logits processors
+          are to be shown, ``[num_tokens]``.
+
+    ``_current`` is the round whose tokens are being yielded, ``_num_yielded`` how many
+    of them were, ``_ahead`` the round that is already under way, and ``_num_tokens``
+    how many tokens the target's cache held before the current round.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        verifier: Verifier,
+        num_draft_tokens: int,
+        max_tokens: int,
+        stats: SpeculationStats,
+        history: mx.array | None = None,
+    ):
+        self._target = target
+        self._num_tokens = target.num_tokens
+        self._session = drafter.open(target.cache, target.num_entries, self._num_tokens)
+        self._verifier = verifier
+        self._num_draft_tokens = num_draft_tokens
+        self._num_remaining = math.inf if max_tokens < 0 else max_tokens
+        self._stats = stats
+        self._history = history
+        self._current: Round | None = None
+        self._ahead: Round | None = None
+        self._num_yielded = 0
+
+    def rounds(
+        self,
+        prompt: mx.array,
+        embeddings: mx.array | None = None,
+        step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+        callback: ProgressCallback = lambda *_: None,
+    ) -> Generator[Round, None, None]:
+        """Process a prompt, then yield rounds, each with the next one under way.
+
+        Whoever consumes them takes the tokens with ``emit``. When this generator ends
+        or is closed, the cache holds the prompt and the tokens taken.
+        """
+        num_prompt_tokens = len(prompt if embeddings is None else embeddings)
+        try:
+            self._remember(prompt)
+            callback(0, num_prompt_tokens)
+            for num_processed in self._prefill(prompt, embeddings, step_size):
+                callback(num_processed, num_prompt_tokens)
+            rest = slice(num_prompt_tokens - 1, None)
+            first = self._first_round(
+                prompt[rest], None if embeddings is None else embeddings[rest]
+            )
+            first.collect()
+            callback(num_prompt_tokens, num_prompt_tokens)
+            if self._num_remaining:
+                yield from self._rounds(first)
+        finally:
+            self._settle()
+
+    def emit(self, current: Round) -> Iterator[Token]:
+        """The tokens of a round, counted as they are taken."""
+        for position, token in enumerate(current.emitted):
+            is_draft = position < current.num_accepted
+            self._stats.add_token(position if is_draft else None)
+            self._num_yielded += 1
+            yield token, current.logprobs[position], is_draft
+            if self._stats.num_tokens % CLEAR_CACHE_INTERVAL == 1:
+                mx.clear_cache()
+
+    def untake(self) -> None:
+        """Leave the last token taken out of the cache that this ends with."""
+        self._num_yielded -= 1
+
+    def _remember(self, tokens: mx.array) -> None:
+        """Extend the history that logits processors are shown."""
+        if not self._verifier.processors or len(tokens) == 0:
+            return
+        history = [] if self._history is None else [self._history]
+        self._history = mx.concatenate([*history, tokens])
+
+    def _prefill(
+        self, prompt: mx.array, embeddings: mx.array | None, step_size: int
+    ) -> Iterator[int]:
+        """Process all but the last token, in the chunks of ``generate_step``."""
+        num_tokens = len(prompt if embeddings is None else embeddings) - 1
+        for start in range(0, num_tokens, step_size):
+            chunk = slice(start, min(start + step_size, num_tokens))
+            rows = None if embeddings is None else embeddings[chunk]
+            states = self._target.forward(prompt[chunk], rows)
+            self._session.prefill(prompt[chunk], states, rows)
+            self._target.quantize()
+            mx.eval([entry.state for entry in self._target.cache])
+            self._num_tokens += chunk.stop - chunk.start
+            yield chunk.stop
+            mx.clear_cache()
+
+    def _first_round(self, prompt: mx.array, embeddings: mx.array | None) -> Round:
+        proposal = Proposal(self._verifier, self._history)
+        first = Round(self._target, self._verifier, proposal)
+        states = first.run(prompt, embeddings)
+        self._current = first
+        self._session.prefill(prompt, states, embeddings)
+        first.dispatch(is_read=self._num_remaining > 0)
+        return first
+
+    def _rounds(self, current: Round) -> Iterator[Round]:
+        while True:
+            self._stats.add_round(current.num_drafted)
+            self._num_remaining -= len(current.emitted)
+            if current.error is None:
+                following = self._launch(current)
+            yield current
+            if current.error is not None:
+                raise current.error
+            if not self._num_remaining:
+                return
+            self._num_tokens += len(current.emitted)
+            self._current, self._ahead, self._num_yielded = following, None, 0
+            current = following
+            current.collect()
+
+    def _launch(self, current: Round) -> Round:
+        """Start the next round from what the current one emitted."""
+        num_emitted = len(current.emitted)
+        current.transaction.keep(num_emitted)
+        self._target.quantize()
+        tokens = mx.array(current.emitted, mx.uint32)
+        self._remember(tokens)
+        proposal = Proposal(self._verifier, self._history)
+        states = current.states[:, :num_emitted]
+        self._session.draft(tokens, states, self._num_drafts(), proposal)
+        mx.async_eval(proposal.tokens)
+        self._ahead = following = Round(self._target, self._verifier, proposal)
+        following.run(mx.concatenate([tokens[-1:], *proposal.tokens]))
+        following.dispatch(is_read=self._num_remaining > 0)
+        return following
+
+    def _num_drafts(self) -> int:
+        """Draft tokens of the next round, which also emits one of the target's own."""
+        num_rows = min(self._num_remaining, self._target.max_rows)
+        return int(max(min(self._num_draft_tokens, num_rows - 1), 0))
+
+    def _settle(self) -> None:
+        """Bring every cache to hold the prompt and the tokens yielded, no more."""
+        num_tokens, last_state = self._num_tokens, None
+        if (current := self._current) is not None:
+            num_tokens += 1 + self._num_yielded
+            last_state = self._settle_rounds(current, self._num_yielded)
+        self._target.quantize()
+        self._session.close(num_tokens, last_state)
+        mx.async_eval([entry.state for entry in self._target.cache])
+
+    def _settle_rounds(self, current: Round, num_yielded: int) -> mx.array:
+        """Undo the rows behind the last token yielded and return its state."""
+        if self._ahead is not None:
+            if num_yielded == len(current.emitted):
+                self._ahead.transaction.keep(1)
+                return self._ahead.states[:, :1]
+            self._ahead.transaction.keep(0)
+        current.transaction.keep(1 + num_yielded)
+        return current.states[:, num_yielded : num_yielded + 1]

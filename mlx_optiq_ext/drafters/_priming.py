@@ -1,0 +1,102 @@
+"""A model whose calls keep its MTP head primed, also in batches.
+
+Where several sequences are decoded at once, and while a batch of prompts is processed,
+no draft session looks on. Here the model itself shows the head every token that it is
+called with, if its prompt cache ends with the entries of the head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
+
+from ..mixins.qwen3_5 import MTPMixin
+from ._mtp import NUM_TOKENS, STATE
+
+
+class PrimingMixin(MTPMixin):
+    """A model with its head attached, which primes the head when it is called."""
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """As the model itself."""
+        states = self.hidden_states(inputs, cache, input_embeddings)
+        own = [] if cache is None else cache[self.num_entries :]
+        if own:
+            embeddings = (
+                self.embed(inputs) if input_embeddings is None else input_embeddings
+            )
+            kv_cache, arrays = own
+            _prime(self, kv_cache, arrays, embeddings, states)
+        return self.project(states)
+
+
+def prime_with_calls(model: MTPMixin) -> None:
+    """Make every call of the model prime its head."""
+    model_class: type = type(model)
+    model.__class__ = _with_priming(model_class)
+
+
+@cache
+def _with_priming(model_class: type) -> type:
+    if issubclass(model_class, PrimingMixin):
+        return model_class
+    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (PrimingMixin, model_class), names)
+
+
+def _prime(
+    model: MTPMixin,
+    kv_cache: KVCache | BatchKVCache,
+    arrays: ArraysCache,
+    embeddings: mx.array,
+    states: mx.array,
+) -> None:
+    """Show the head tokens with the states before them, all ``[batch, rows, hidden]``.
+
+    The first token of a sequence has no state before it. Its row is computed all the
+    same and counts as padding, so that every sequence of a batch gets the same rows.
+    """
+    if not isinstance(kv_cache, BatchKVCache):
+        _prime_one(model, kv_cache, arrays, embeddings, states)
+        return
+    num_sequences, num_rows = embeddings.shape[:2]
+    num_tokens = arrays[NUM_TOKENS]
+    if num_tokens is None:
+        num_tokens = mx.zeros((num_sequences, 1), mx.int32)
+        arrays[STATE] = mx.zeros_like(states[:, :1])
+    num_valid = mx.full(num_sequences, num_rows)
+    if arrays.lengths is not None:
+        num_valid = mx.clip(arrays.lengths, 0, num_rows)
+    is_first = ((num_tokens[:, 0] == 0) & (num_valid > 0)).astype(mx.int32)
+    kv_cache.left_padding = kv_cache.left_padding + is_first
+    kv_cache.offset = kv_cache.offset - is_first
+    known = mx.concatenate([arrays[STATE], states], axis=1)
+    model.mtp(embeddings, known[:, :-1], cache=kv_cache)
+    arrays[STATE] = mx.take_along_axis(known, num_valid[:, None, None], axis=1)
+    arrays[NUM_TOKENS] = num_tokens + num_valid[:, None]
+    arrays.advance(num_rows)
+
+
+def _prime_one(
+    model: MTPMixin,
+    kv_cache: KVCache,
+    arrays: ArraysCache,
+    embeddings: mx.array,
+    states: mx.array,
+) -> None:
+    num_tokens, before = arrays[NUM_TOKENS], states[:, :-1]
+    if arrays[STATE] is not None:
+        before = mx.concatenate([arrays[STATE], before], axis=1)
+    if num_pairs := before.shape[1]:
+        model.mtp(embeddings[:, -num_pairs:], before, cache=kv_cache)
+    arrays[STATE] = states[:, -1:]
+    num_rows = mx.array([[states.shape[1]]])
+    arrays[NUM_TOKENS] = num_rows if num_tokens is None else num_tokens + num_rows
