@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .demo import demo
 from .status import status
 
 
@@ -14,4 +15,5 @@ def main() -> None:
     """Speculative decoding for mlx-lm."""
 
 
+main.add_command(demo)
 main.add_command(status)
