@@ -9,7 +9,11 @@ from typing import Any
 import click
 
 MODEL = Path(__file__).parents[1] / "demo_model"
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+PROMPT = (
+    "def parse_args(argv):\n"
+    '    """Parse the command line."""\n'
+    "    parser = argparse.ArgumentParser()\n"
+)
 NUM_WARM_UP_TOKENS = 16
 
 
