@@ -14,11 +14,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._errors import SpeculationError
     from .decoding import SpeculationStats, spec_generate_step
+    from .drafters import GemmaAssistantDrafter
     from .patches import disable, enable, is_enabled
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GemmaAssistantDrafter",
     "SpeculationError",
     "SpeculationStats",
     "__version__",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "GemmaAssistantDrafter": ".drafters",
     "SpeculationError": "._errors",
     "SpeculationStats": ".decoding",
     "disable": ".patches",

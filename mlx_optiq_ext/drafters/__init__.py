@@ -1,29 +1,20 @@
-"""What proposes tokens: the MTP head or an ordinary draft model."""
+"""What proposes tokens: the MTP head, an assistant or an ordinary draft model."""
 
-from __future__ import annotations
-
-import mlx.nn as nn
-
-from ..mixins.qwen3_5 import attach_mtp
+from ._assistant import GemmaAssistantDrafter
 from ._draft_model import DraftModelDrafter
 from ._mtp import MTPDrafter
 from ._protocol import Drafter, DraftSession, Proposal
+from ._registry import REGISTRY, Unbound, as_drafter, is_draft_model
 
 __all__ = [
+    "REGISTRY",
     "DraftModelDrafter",
     "DraftSession",
     "Drafter",
+    "GemmaAssistantDrafter",
     "MTPDrafter",
     "Proposal",
+    "Unbound",
     "as_drafter",
+    "is_draft_model",
 ]
-
-
-def as_drafter(drafter: Drafter | nn.Module | None, model: nn.Module) -> Drafter:
-    """The drafter meant by a ``drafter`` argument: by default the model's MTP head."""
-    if drafter is None:
-        attach_mtp(model)
-        return MTPDrafter(model)
-    if isinstance(drafter, nn.Module):
-        return DraftModelDrafter(drafter)
-    return drafter

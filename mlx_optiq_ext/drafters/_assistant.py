@@ -59,8 +59,8 @@ class GemmaAssistantDrafter:
 
         Args:
             source (str or Path): A folder or a Hub id.
-            query_offset (int): ``0`` or ``-1``: where the query is, from the position of
-              the last token. Which is right is not settled; it changes acceptance only.
+            query_offset (int): Where the query is, from the position of the last
+              token: ``0`` or ``-1``. It changes nothing but acceptance.
 
         Raises:
             SpeculationError: If there is no whole assistant.
@@ -109,7 +109,7 @@ class GemmaAssistantDrafter:
 
 
 class AssistantSession:
-    """The assistant at work on one sequence; ``position`` is of the next token's query."""
+    """The assistant at work on one sequence."""
 
     def __init__(
         self,
@@ -117,19 +117,20 @@ class AssistantSession:
         target: SharedKVMixin,
         prompt_cache: list[Any],
         num_entries: int,
-        position: int,
+        next_position: int,
     ):
         self._assistant = assistant
         self._target = target
         # Entries are replaced in this list when they are quantised.
         self._prompt_cache = prompt_cache
         self._num_entries = num_entries
-        self._position = position
+        # That of the query for the token after all that were seen.
+        self._next_position = next_position
 
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
-        self._position += states.shape[1]
+        self._next_position += states.shape[1]
 
     def draft(
         self,
@@ -138,18 +139,18 @@ class AssistantSession:
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
-        self._position += tokens.size
+        self._next_position += tokens.size
         if not num_draft_tokens:
             return
         entries = self._prompt_cache[: self._num_entries]
         shared_kv = self._assistant.visible(self._target.shared_kv(entries))
+        position = self._next_position - 1
         token, hidden = tokens[-1:], states[:, -1:]
         for _ in range(num_draft_tokens):
             embedding = self._target.embed(token)[None]
-            logits, hidden = self._assistant(
-                embedding, hidden, shared_kv, self._position - 1
-            )
-            token = proposal.add(logits[:, -1])
+            logits, hidden = self._assistant(embedding, hidden, shared_kv, position)
+            proposal.add(logits[:, -1])
+            token = proposal.tokens[-1]
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
         pass

@@ -76,7 +76,7 @@ class DraftModelSession:
         for position in range(num_draft_tokens):
             if position:
                 logits = self._forward(proposal.tokens[-1])
-            proposal.add(logits[:, -1])
+            proposal.add(_fit(logits[:, -1], states.shape[-1]))
         if num_draft_tokens > 1:
             chain.keep(0)
 
@@ -95,3 +95,10 @@ class DraftModelSession:
 
     def _forward(self, tokens: mx.array) -> mx.array:
         return self._model(tokens[None], cache=self._entries)
+
+
+def _fit(logits: mx.array, vocab_size: int) -> mx.array:
+    """Logits for the target's vocabulary; models pad theirs to different sizes."""
+    num_missing = max(vocab_size - logits.shape[-1], 0)
+    logits = mx.pad(logits, [(0, 0), (0, num_missing)], constant_values=-mx.inf)
+    return logits[:, :vocab_size]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3_5 import TextModelArgs
 
+from .._random_state import random_state_kept
 from ._head import MTPHead, head_args
 from ._layouts import rename
 from ._locate import StoredHead, Tensors, find_head
@@ -34,7 +33,7 @@ def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHe
     stored = find_head(source)
     weights = rename(stored)
     _check_kind(stored, weights)
-    with _random_state_kept():
+    with random_state_kept():
         head = MTPHead(head_args(stored, weights, args))
         _check_tensors(stored, head, weights)
         match_quantization(stored, head, weights)
@@ -53,19 +52,6 @@ def _fill(stored: StoredHead, head: MTPHead, weights: Tensors) -> None:
         mx.eval(head.parameters())
     except (ValueError, RuntimeError) as exc:
         raise stored.error(f"its tensors cannot be read: {exc}") from exc
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Undo what the initialisation of layers draws from the global generator.
-
-    A seeded generation has to give the same text whether or not it loads the head.
-    """
-    high, low = mx.random.state[0].tolist()
-    try:
-        yield
-    finally:
-        mx.random.seed(high << 32 | low)
 
 
 def _check_kind(stored: StoredHead, weights: Tensors) -> None:

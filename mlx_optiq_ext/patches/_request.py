@@ -15,7 +15,12 @@ class CommandLineRequest:
     """What the command line asked for; set while its arguments are parsed."""
 
     mtp: str | bool | None = None
+    draft: str | None = None
     num_draft_tokens: int | None = None
+
+    @property
+    def is_speculative(self) -> bool:
+        return bool(self.mtp) or self.draft is not None
 
 
 command_line: ContextVar[CommandLineRequest | None] = ContextVar(
@@ -28,7 +33,8 @@ def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     request = command_line.get()
     return (
         "mtp" not in kwargs
+        and "draft" not in kwargs
         and kwargs.get("draft_model") is None
         and len(args) <= DRAFT_MODEL_POSITION
-        and (request is None or not request.mtp)
+        and (request is None or not request.is_speculative)
     )

@@ -14,9 +14,16 @@ MTP_HELP = (
     "Speculate with the multi-token-prediction head of a Qwen3.5 or Qwen3.6 model. "
     "PATH names a separate head; by default it is looked for beside the model."
 )
-NUM_DRAFT_TOKENS_HELP = (
-    "Number of tokens to draft when using speculative decoding (default with --mtp: 1)."
+DRAFT_HELP = (
+    "Speculate with the assistant of a Gemma-4 model, an MTP head that is stored by "
+    "itself, or a smaller model with the same tokenizer. PATH is a folder or a Hub id."
 )
+NUM_DRAFT_TOKENS_HELP = (
+    "Number of tokens to draft when using speculative decoding (default with --mtp and "
+    "--draft: 1)."
+)
+# Of what it takes, only an ordinary draft model keeps anything of a prompt.
+WITHOUT_DRAFT = "mlx_lm.cache_prompt"
 
 
 class SpeculationParser(argparse.ArgumentParser):
@@ -26,20 +33,40 @@ class SpeculationParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed = super().parse_args(args, namespace)
-        if parsed.mtp:
+        self._check_one(parsed)
+        draft = self._take_draft(parsed)
+        if parsed.mtp or draft is not None:
             self._check(parsed)
         if (request := command_line.get()) is not None:
-            request.mtp = parsed.mtp
+            request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
         if parsed.num_draft_tokens is None:
             parsed.num_draft_tokens = self.num_draft_tokens
         return parsed
 
+    def _check_one(self, parsed: argparse.Namespace) -> None:
+        given = [
+            flag
+            for flag in ("--mtp", "--draft", "--draft-model")
+            if getattr(parsed, flag[2:].replace("-", "_"), None) is not None
+        ]
+        if len(given) > 1:
+            self.error(f"argument {given[0]}: not allowed with argument {given[1]}")
+
+    def _take_draft(self, parsed: argparse.Namespace) -> str | None:
+        """The drafter asked for, also where upstream would look for a draft model."""
+        draft_model = getattr(parsed, "draft_model", None)
+        if draft_model is not None:
+            from ..drafters import is_draft_model
+
+            if not is_draft_model(draft_model):
+                parsed.draft, parsed.draft_model = draft_model, None
+        return getattr(parsed, "draft", None)
+
     def _check(self, parsed: argparse.Namespace) -> None:
-        if getattr(parsed, "draft_model", None) is not None:
-            self.error("argument --mtp: not allowed with argument --draft-model")
         if getattr(parsed, "batch_size", 1) != 1:
-            self.error("argument --mtp: needs --batch-size 1")
+            flag = "--mtp" if parsed.mtp else "--draft"
+            self.error(f"argument {flag}: needs --batch-size 1")
         if parsed.num_draft_tokens is not None:
             try:
                 check_num_draft_tokens(parsed.num_draft_tokens)
@@ -58,6 +85,8 @@ def setup_arg_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     parser.add_argument(
         "--mtp", nargs="?", const=True, default=None, metavar="PATH", help=MTP_HELP
     )
+    if wrapped.__module__ != WITHOUT_DRAFT:
+        parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
     return parser
 
 

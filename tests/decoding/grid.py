@@ -77,27 +77,31 @@ def all_cases() -> Iterator[Case]:
     return itertools.starmap(Case, itertools.product(*DIMENSIONS.values()))
 
 
-def covering_cases(**fixed: Any) -> list[Case]:
-    """Cases in which every pair of values of two dimensions occurs.
-
-    Args:
-        fixed: Dimensions of which only one value is wanted.
-    """
-    values = {**DIMENSIONS, **{name: (value,) for name, value in fixed.items()}}
+def covering_cases() -> list[Case]:
+    """Cases in which every pair of values of two dimensions occurs."""
     missing = {
         pair
-        for (one, other) in itertools.combinations(enumerate(values.values()), 2)
+        for (one, other) in itertools.combinations(enumerate(DIMENSIONS.values()), 2)
         for pair in itertools.product(
             *([(index, value) for value in choices] for index, choices in (one, other))
         )
     }
     chooser, chosen = random.Random(1), []
     while missing:
-        candidates = [Case(*map(chooser.choice, values.values())) for _ in range(300)]
-        best = max(candidates, key=lambda case: len(missing & pairs(case)))
+        candidates = [
+            Case(*map(chooser.choice, DIMENSIONS.values())) for _ in range(500)
+        ]
+        best = max(
+            candidates, key=lambda case: (len(missing & pairs(case)), worth(case))
+        )
         missing -= pairs(best)
         chosen.append(best)
     return chosen
+
+
+def worth(case: Case) -> tuple[bool, int]:
+    """Long generations from short prompts find more in less time."""
+    return case.max_tokens == NUM_TOKENS, -case.num_prompt_tokens
 
 
 def pairs(case: Case) -> set[Any]:

@@ -248,7 +248,7 @@ def test_penalties_shape_the_distribution_of_drafted_and_bonus_tokens() -> None:
     assert not verifier.is_stepwise
     history = mx.array([1, 5, 5, 7])
     drawn: dict[int, list[mx.array]] = {0: [], 1: []}
-    for _ in range(4000):
+    for _ in range(2500):
         proposal = Proposal(verifier, history)
         proposal.add(DRAFTER)
         # The history of the second row depends on the draft: fix it by choosing.
@@ -308,7 +308,7 @@ def test_the_loop_draws_every_token_from_the_distribution_of_the_sampler(
         model,
         drafter=drafter,
         num_draft_tokens=num_draft_tokens,
-        max_tokens=12_000,
+        max_tokens=6_000,
         sampler=make_sampler(**SETTINGS[name]),
         stats=stats,
     )

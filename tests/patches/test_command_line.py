@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import DEMO
 
-PROMPT = ["--prompt", "def read(path):", "--ignore-chat-template"]
+PROMPT = ["--prompt", "class Queue:\n", "--ignore-chat-template"]
 
 
 def run(command: str, *arguments: object, text: str = "") -> tuple[int, str, str]:

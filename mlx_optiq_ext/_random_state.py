@@ -1,0 +1,21 @@
+"""Loading a module without disturbing the global random generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Undo what the initialisation of layers draws from the global generator.
+
+    A seeded generation has to give the same text whether or not it loads a drafter.
+    """
+    high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)

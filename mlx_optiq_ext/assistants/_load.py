@@ -1,0 +1,53 @@
+"""From a checkpoint to an assistant that is ready to run."""
+
+from __future__ import annotations
+
+from mlx_lm.utils import load_model
+
+from .._checkpoints import Source, find_folder, read_config, read_json
+from .._errors import SpeculationError
+from .._random_state import random_state_kept
+from ._model import Assistant, AssistantArgs
+
+MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+
+
+def load_assistant(source: Source) -> Assistant:
+    """Load the assistant of a Gemma-4 model.
+
+    Args:
+        source (str or Path): A folder or a Hub id.
+
+    Raises:
+        SpeculationError: If that is not an assistant, or not a whole one.
+    """
+    if (found := read_config(source).get("model_type")) not in MODEL_TYPES:
+        raise SpeculationError(
+            f"Cannot speculate: {source} is of type {found}, expected a Gemma-4 "
+            f"assistant of type {' or '.join(MODEL_TYPES)}."
+        )
+    folder = find_folder(source)
+    generation = read_json(folder / "generation_config.json")
+    try:
+        with random_state_kept():
+            model, _ = load_model(
+                folder,
+                model_config={
+                    "suppress_tokens": generation.get("suppress_tokens") or ()
+                },
+                get_model_classes=lambda config: (Assistant, AssistantArgs),
+            )
+    # What a configuration can lack or get wrong is found by those who read it.
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as exc:
+        raise SpeculationError(
+            f"Cannot speculate: the assistant in {folder} cannot be loaded: {exc}"
+        ) from exc
+    return model

@@ -1,0 +1,131 @@
+"""What mlx-lm's Gemma-4 model classes gain: what an assistant reads of its target."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma4, gemma4_text
+from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
+
+from .._errors import SpeculationError
+from ..assistants import SharedKV
+
+
+class SharedKVMixin:
+    """A Gemma-4 model that shows its states, keys and values."""
+
+    @property
+    def text_model(self) -> gemma4_text.Model:
+        """The model itself, or the one in it that reads text."""
+        return self.language_model if isinstance(self, gemma4.Model) else self
+
+    @property
+    def donors(self) -> dict[str, int]:
+        """For each type of layer, the last one that has keys and values of its own.
+
+        The index is that of the layer and of its cache entry.
+        """
+        layers = enumerate(self.text_model.layers)
+        return {layer.layer_type: i for i, layer in layers if layer.self_attn.has_kv}
+
+    def hidden_states(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """The states after the model's last norm, ``[batch, num_tokens, hidden_size]``.
+
+        Args:
+            inputs (mx.array): Tokens, ``[batch, num_tokens]``.
+            cache (list, optional): The model's prompt cache.
+            input_embeddings (mx.array, optional): Read in place of the tokens', before
+              they are scaled, ``[batch, num_tokens, hidden_size]``.
+        """
+        return self.text_model.model(
+            inputs, cache=cache, input_embeddings=input_embeddings
+        )
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """Logits ``[batch, num_tokens, vocab_size]`` of states, with the model's cap.
+
+        Args:
+            hidden (mx.array): ``[batch, num_tokens, hidden_size]``.
+        """
+        text = self.text_model
+        if text.tie_word_embeddings:
+            logits = text.model.embed_tokens.as_linear(hidden)
+        else:
+            logits = text.lm_head(hidden)
+        cap = text.final_logit_softcapping
+        return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings of tokens, scaled as the first layer gets them.
+
+        Args:
+            tokens (mx.array): Of any shape.
+
+        Returns:
+            mx.array: ``[..., hidden_size]``.
+        """
+        decoder = self.text_model.model
+        return decoder.embed_tokens(tokens) * decoder.embed_scale
+
+    def shared_kv(self, cache: list[Any]) -> SharedKV:
+        """Keys and values in a prompt cache, by type of layer.
+
+        Args:
+            cache (list): The model's entries, none of them empty.
+
+        Returns:
+            dict: ``[1, heads, num_tokens, head_dim]`` each, in the order of the tokens.
+            Where a sliding window has passed them, early tokens are missing.
+        """
+        return {kind: _keys_and_values(cache[i]) for kind, i in self.donors.items()}
+
+
+def attach_shared_kv(model: nn.Module) -> None:
+    """Let a Gemma-4 model be the target of an assistant.
+
+    Parameters, modules and outputs of the model stay as they are.
+
+    Args:
+        model (nn.Module): A model that mlx-lm loaded.
+
+    Raises:
+        SpeculationError: If the model is of another family.
+    """
+    if not isinstance(model, (gemma4.Model, gemma4_text.Model)):
+        name = getattr(model, "model_type", type(model).__name__)
+        raise SpeculationError(
+            f"Cannot speculate with an assistant: the model is of type {name}, and "
+            "only gemma4, gemma4_unified and gemma4_text have assistants."
+        )
+    model_class: type = type(model)
+    model.__class__ = _with_shared_kv(model_class)
+
+
+@cache
+def _with_shared_kv(model_class: type) -> type:
+    """The subclass that a model of this class becomes; still looks like its own."""
+    if issubclass(model_class, SharedKVMixin):
+        return model_class
+    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (SharedKVMixin, model_class), names)
+
+
+def _keys_and_values(entry: Any) -> tuple[mx.array, ...]:
+    if isinstance(entry, RotatingKVCache):
+        # After a pass over one token the oldest are anywhere in the ring.
+        return entry._temporal_order(entry.keys), entry._temporal_order(entry.values)
+    keys, values = entry.keys_and_values()
+    if isinstance(entry, QuantizedKVCache):
+        return tuple(
+            mx.dequantize(*array, group_size=entry.group_size, bits=entry.bits)
+            for array in (keys, values)
+        )
+    return keys, values
