@@ -54,6 +54,9 @@ class ScriptedDrafter:
         self.vocab_size = vocab_size
         self.is_right = is_right
 
+    def make_cache(self) -> list[Any]:
+        return []
+
     def open(
         self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
     ) -> ScriptedSession:

@@ -91,6 +91,9 @@ class GemmaAssistantDrafter:
             target=model,
         )
 
+    def make_cache(self) -> list[Any]:
+        return []
+
     def open(
         self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
     ) -> AssistantSession:

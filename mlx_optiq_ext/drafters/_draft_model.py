@@ -29,10 +29,13 @@ class DraftModelDrafter:
     def __init__(self, model: nn.Module):
         self._model = model
 
+    def make_cache(self) -> list[Any]:
+        return make_prompt_cache(self._model)
+
     def open(
         self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
     ) -> DraftModelSession:
-        entries = make_prompt_cache(self._model)
+        entries = self.make_cache()
         own = prompt_cache[num_target_entries:]
         if own and len(own) != len(entries):
             raise SpeculationError(

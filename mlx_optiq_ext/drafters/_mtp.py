@@ -34,12 +34,15 @@ class MTPDrafter:
     def __init__(self, model: MTPMixin):
         self._model = model
 
+    def make_cache(self) -> list[Any]:
+        return self._model.make_mtp_cache()
+
     def open(
         self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
     ) -> MTPSession:
         own = prompt_cache[num_target_entries:]
         if not _is_usable(own, num_tokens):
-            own = self._model.make_mtp_cache()
+            own = self.make_cache()
             prompt_cache[num_target_entries:] = own
         kv_cache, arrays = own
         return MTPSession(self._model, kv_cache, arrays, num_tokens)

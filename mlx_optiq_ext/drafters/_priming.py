@@ -7,12 +7,13 @@ called with, if its prompt cache ends with the entries of the head.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
+from ..mixins._swap import add_mixin
 from ..mixins.qwen3_5 import MTPMixin
 from ._mtp import NUM_TOKENS, STATE
 
@@ -38,18 +39,9 @@ class PrimingMixin(MTPMixin):
         return self.project(states)
 
 
-def prime_with_calls(model: MTPMixin) -> None:
-    """Make every call of the model prime its head."""
-    model_class: type = type(model)
-    model.__class__ = _with_priming(model_class)
-
-
-@cache
-def _with_priming(model_class: type) -> type:
-    if issubclass(model_class, PrimingMixin):
-        return model_class
-    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    return type(model_class.__name__, (PrimingMixin, model_class), names)
+def prime_with_calls(model: nn.Module) -> None:
+    """Make every call of a model prime its head, which is attached."""
+    add_mixin(model, PrimingMixin)
 
 
 def _prime(

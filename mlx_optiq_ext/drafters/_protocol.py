@@ -80,6 +80,10 @@ class Drafter(Protocol):
 
     reads_hidden_states: bool
 
+    def make_cache(self) -> list[Any]:
+        """Empty entries for what the drafter keeps of a sequence, if anything."""
+        ...
+
     def open(
         self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
     ) -> DraftSession:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
 
 from .._errors import SpeculationError
 from ..assistants import SharedKV
+from ._swap import add_mixin
 
 
 class SharedKVMixin:
@@ -105,17 +105,7 @@ def attach_shared_kv(model: nn.Module) -> None:
             f"Cannot speculate with an assistant: the model is of type {name}, and "
             "only gemma4, gemma4_unified and gemma4_text have assistants."
         )
-    model_class: type = type(model)
-    model.__class__ = _with_shared_kv(model_class)
-
-
-@cache
-def _with_shared_kv(model_class: type) -> type:
-    """The subclass that a model of this class becomes; still looks like its own."""
-    if issubclass(model_class, SharedKVMixin):
-        return model_class
-    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    return type(model_class.__name__, (SharedKVMixin, model_class), names)
+    add_mixin(model, SharedKVMixin)
 
 
 def _keys_and_values(entry: Any) -> tuple[mx.array, ...]:

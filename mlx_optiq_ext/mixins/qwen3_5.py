@@ -15,6 +15,7 @@ from mlx_lm.utils import get_total_parameters
 
 from .._errors import SpeculationError
 from ..heads import MTPHead, load_head
+from ._swap import add_mixin
 
 # Models called 4B have a little more or less.
 _MIN_NUM_PARAMETERS = 3.5e9
@@ -108,8 +109,7 @@ def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
     # Not by nn.Module.__setattr__, which would make the head one of the submodules.
     object.__setattr__(model, "_mtp", head)
     object.__setattr__(model, "_mtp_loaded_from", place)
-    model_class: type = type(model)
-    model.__class__ = _with_mtp(model_class)
+    add_mixin(model, MTPMixin)
     if get_total_parameters(model) < _MIN_NUM_PARAMETERS:
         _warn_of_small_model()
     return head
@@ -147,15 +147,6 @@ def _place(model: nn.Module, source: str | Path | None) -> str:
     path = Path(source).expanduser()
     # A snapshot is recognised by its path, so links in that are kept.
     return str(path.absolute()) if path.exists() else str(source)
-
-
-@cache
-def _with_mtp(model_class: type) -> type:
-    """The subclass that a model of this class becomes; still looks like its own."""
-    if issubclass(model_class, MTPMixin):
-        return model_class
-    names = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    return type(model_class.__name__, (MTPMixin, model_class), names)
 
 
 @cache

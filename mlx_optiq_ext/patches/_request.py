@@ -12,11 +12,17 @@ DRAFT_MODEL_POSITION = 4  # of stream_generate's positional arguments
 
 @dataclass
 class CommandLineRequest:
-    """What the command line asked for; set while its arguments are parsed."""
+    """What the command line asked for, or a server on behalf of a request.
+
+    Args:
+        mtp, draft, num_draft_tokens: As the arguments of ``generate``.
+        stats (SpeculationStats, optional): Counts what happens.
+    """
 
     mtp: str | bool | None = None
-    draft: str | None = None
+    draft: Any = None
     num_draft_tokens: int | None = None
+    stats: Any = None
 
     @property
     def is_speculative(self) -> bool:

@@ -33,14 +33,20 @@ class Speculation:
     Args:
         drafter (Drafter): What proposes tokens.
         num_draft_tokens (int, optional): Default: that of ``spec_generate_step``.
+        stats (SpeculationStats, optional): Counts what happens.
     """
 
-    def __init__(self, drafter: Drafter, num_draft_tokens: int | None = None):
+    def __init__(
+        self,
+        drafter: Drafter,
+        num_draft_tokens: int | None = None,
+        stats: SpeculationStats | None = None,
+    ):
         self._settings: dict[str, Any] = {"drafter": drafter}
         if num_draft_tokens is not None:
             self._settings["num_draft_tokens"] = num_draft_tokens
         self._steps: Generator[Token, None, None] | None = None
-        self.stats = SpeculationStats()
+        self.stats = stats or SpeculationStats()
 
     def carry(self, options: dict[str, Any]) -> None:
         """Move what mlx-lm would drop out of ``options``."""
@@ -84,8 +90,10 @@ def take_request(
     if isinstance(draft_model, Speculation):
         return draft_model
     request = command_line.get()
+    stats = None
     if request is not None and request.is_speculative:
         options |= vars(request)
+        stats = options.pop("stats")
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
     if mtp is False:
         mtp = None
@@ -97,9 +105,10 @@ def take_request(
         check_num_draft_tokens(num_draft_tokens)
     if draft is not None:
         drafter = as_drafter(draft, model, argument="draft")
-        return Speculation(drafter, num_draft_tokens)
-    attach_mtp(model, _check_mtp(mtp))
-    return Speculation(MTPDrafter(model), num_draft_tokens)
+    else:
+        attach_mtp(model, _check_mtp(mtp))
+        drafter = MTPDrafter(model)
+    return Speculation(drafter, num_draft_tokens, stats)
 
 
 def _check_one(requests: Mapping[str, Any]) -> None:

@@ -184,6 +184,9 @@ class RepeatDrafter:
             "memory"
         ]
 
+    def make_cache(self):
+        return []
+
     def open(self, prompt_cache, num_target_entries, num_tokens):
         self.seen = []
         return self
