@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 
 def add_mixin(model: nn.Module, mixin: type) -> None:
-    """Make a model an instance of its class with a mixin; nothing else of it changes."""
+    """Make a model an instance of its class with a mixin; nothing else changes."""
     if not isinstance(model, mixin):
         model_class: type = type(model)
         model.__class__ = _mixed(mixin, model_class)

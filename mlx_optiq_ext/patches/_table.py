@@ -40,6 +40,35 @@ def _command_line(command: str) -> tuple[Patch, Patch]:
     )
 
 
+def _server() -> tuple[Patch, ...]:
+    """The seams of the HTTP server and of its generation thread."""
+    module, wrappers = "mlx_lm.server", f"{_HERE}.server"
+    seams: dict[str, tuple[str, tuple[str, ...]]] = {
+        "APIHandler.handle": ("handle", ()),
+        "APIHandler.parse_request": ("parse_request", ()),
+        "APIHandler.send_error": ("send_error", ("code", "message")),
+        "APIHandler._set_completion_headers": (
+            "set_completion_headers",
+            ("status_code",),
+        ),
+        "ResponseGenerator.generate": (
+            "generate",
+            ("request", "generation_args", "progress_callback"),
+        ),
+        "ResponseGenerator._await_response": ("await_response", ("response_queue",)),
+        "ResponseGenerator._next_request": ("next_request", ("timeout",)),
+        "ResponseGenerator._generate": ("generation_loop", ()),
+        "ResponseGenerator._tokenize": ("tokenize", ("tokenizer", "request", "args")),
+        "scan_cache_dir": ("scan_cache_dir", ()),
+        "_run_http_server": ("run_http_server", ("host", "response_generator")),
+        "main": ("main", ()),
+    }
+    return tuple(
+        Patch(module, attribute, f"{wrappers}:{wrapper}", parameters)
+        for attribute, (wrapper, parameters) in seams.items()
+    )
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "mlx_lm.utils",
@@ -81,4 +110,5 @@ PATCHES: tuple[Patch, ...] = (
     *_command_line("chat"),
     *_command_line("benchmark"),
     *_command_line("cache_prompt"),
+    *_server(),
 )

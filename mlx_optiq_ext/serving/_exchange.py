@@ -1,0 +1,302 @@
+"""One request over HTTP and its reply."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from contextvars import ContextVar
+from queue import Empty, Queue
+from typing import Any, Protocol
+
+from ._errors import APIError, ClientGone, anthropic_body, bad_request, openai_body
+
+Body = dict[str, Any]
+
+MAX_REQUEST_SIZE = 32 << 20
+
+# Seconds.
+IDLE_TIMEOUT = 60.0  # without a byte from a client, or one that it takes
+BODY_TIMEOUT = 300.0  # for all of a body
+DRAIN_TIMEOUT = 5.0  # for the rest of a body that nobody wants
+KEEP_ALIVE_INTERVAL = 10.0
+PROBE_INTERVAL = 0.25
+
+CHUNK_SIZE = 1 << 16
+
+
+class Reply(Protocol):
+    """What of a reply a stream needs to know."""
+
+    def keep_alive(self) -> Body | None: ...
+
+
+class Exchange:
+    """Reads a request from one of mlx-lm's handlers, and writes through it.
+
+    Args:
+        handler (APIHandler): It has read the request line and the headers.
+    """
+
+    def __init__(self, handler: Any):
+        self.handler = handler
+        self.generator = handler.response_generator
+        self.path, _, self.query = handler.path.partition("?")
+        self.is_anthropic = self.path.startswith("/v1/messages")
+        self.request_id = f"req_{uuid.uuid4().hex}"
+        # mlx-lm's context of the generation, once there is one.
+        self.context: Any = None
+        self.translates_errors = False
+        self._stream: Reply | None = None
+        self._has_body = has_body(handler.headers)
+        self._last_sent = self._last_probe = time.monotonic()
+
+    @property
+    def cli_args(self) -> Any:
+        return self.generator.cli_args
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the status and the headers of the reply are on their way."""
+        return getattr(self.handler, "_headers_buffer", None) == []
+
+    def read_body(self) -> bytes:
+        """The body.
+
+        Raises:
+            APIError: 400, 408, 411, 413 or 415, if there is none that can be read.
+        """
+        encoding = self.handler.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise APIError(415, f"Content-Encoding {encoding!r} is not supported")
+        size = self._body_size()
+        chunks, deadline = [], time.monotonic() + BODY_TIMEOUT
+        while size:
+            chunk = self._read_chunk(min(size, CHUNK_SIZE), deadline)
+            size -= len(chunk)
+            chunks.append(chunk)
+        self._has_body = False
+        return b"".join(chunks)
+
+    def read_json(self) -> Body:
+        """The object that the body is.
+
+        Raises:
+            APIError: 400, if it is none, or as for `read_body`.
+        """
+        return parse_object(self.read_body())
+
+    def send_json(
+        self, status: int, body: Body, headers: Mapping[str, str] | None = None
+    ) -> None:
+        data = json.dumps(body).encode()
+        self._send_head(
+            status,
+            {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(data)),
+                **(headers or {}),
+            },
+        )
+        self._write(data)
+
+    def send_head(self, status: int) -> None:
+        """Answer a request for the headers only."""
+        self._send_head(status, {"Content-Length": "0"})
+
+    def send_error(self, error: APIError) -> None:
+        """Answer with an error, in the words of the API that the path belongs to."""
+        if self.is_anthropic:
+            body = anthropic_body(error, self.request_id)
+        else:
+            body = openai_body(error)
+        # Headers of a reply that was to be a good one may be waiting there.
+        self.handler._headers_buffer = []
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "HTTP/1.1"}}
+        self.send_json(error.status, body, headers.get(error.status))
+
+    def open_stream(self, reply: Reply) -> None:
+        """From now on the reply is a stream, which starts with the first event."""
+        self._stream = reply
+
+    def send_event(self, event: Body) -> None:
+        self._start_stream()
+        self._write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
+
+    def send_data(self, data: Body) -> None:
+        """Add to a stream that mlx-lm has begun."""
+        self._write(f"data: {json.dumps(data)}\n\n".encode())
+
+    def check(self) -> None:
+        """Keep the connection alive while nothing happens.
+
+        Raises:
+            ClientGone: If there is no connection any more.
+        """
+        now = time.monotonic()
+        if now - self._last_probe > PROBE_INTERVAL:
+            self._last_probe = now
+            if self._is_closed_by_client():
+                raise ClientGone("the client closed the connection")
+        if self._stream is not None and now - self._last_sent > KEEP_ALIVE_INTERVAL:
+            self._keep_alive(self._stream)
+
+    def close(self) -> None:
+        """Stop the generation, and let the client read an early answer."""
+        if self.context is not None:
+            self.context.stop()
+        if self._has_body:
+            self._drain()
+
+    def _body_size(self) -> int:
+        value = self.handler.headers.get("Content-Length")
+        if value is None:
+            raise APIError(411, "Content-Length header is required")
+        if not value.isascii() or not value.isdigit():
+            raise bad_request(f"Content-Length: expected a number, got {value!r}")
+        limit = getattr(self.cli_args, "max_request_size", MAX_REQUEST_SIZE)
+        # Python refuses to read numbers of very many digits.
+        if len(value) > 18 or int(value) > limit:
+            raise APIError(413, f"the body has {value} bytes, at most {limit} are read")
+        return int(value)
+
+    def _read_chunk(self, size: int, deadline: float) -> bytes:
+        try:
+            chunk = self.handler.rfile.read1(size)
+        except TimeoutError as exc:
+            raise APIError(408, "the body did not arrive in time") from exc
+        if time.monotonic() > deadline:
+            raise APIError(408, "the body did not arrive in time")
+        if not chunk:
+            raise bad_request("the body is shorter than its Content-Length")
+        return chunk
+
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        handler = self.handler
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("request-id", self.request_id)
+        handler.send_header("x-request-id", self.request_id)
+        handler._set_cors_headers()
+        handler.end_headers()
+
+    def _start_stream(self) -> None:
+        if not self.is_started:
+            self._send_head(
+                200,
+                {
+                    "Content-Type": "text/event-stream",
+                    "Cache-Control": "no-cache",
+                    "Connection": "close",
+                },
+            )
+
+    def _write(self, data: bytes) -> None:
+        self.handler.wfile.write(data)
+        self.handler.wfile.flush()
+        self._last_sent = time.monotonic()
+
+    def _keep_alive(self, reply: Reply) -> None:
+        self._start_stream()
+        event = reply.keep_alive()
+        if event is None:
+            self._write(b": keep-alive\n\n")
+        else:
+            self.send_event(event)
+
+    def _is_closed_by_client(self) -> bool:
+        connection = self.handler.connection
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        if not poll.poll(0):
+            return False
+        try:
+            return not connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def _drain(self) -> None:
+        """Read what the client is still sending.
+
+        A connection that is closed before loses the answer on its way.
+        """
+        connection = self.handler.connection
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        try:
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(DRAIN_TIMEOUT)
+            while time.monotonic() < deadline and connection.recv(CHUNK_SIZE):
+                pass
+        except OSError:
+            pass
+
+
+# The exchange that this thread is busy with.
+current: ContextVar[Exchange | None] = ContextVar("current", default=None)
+
+
+class WatchedQueue:
+    """The end of a queue at which a request waits for its reply.
+
+    Args:
+        queue (Queue): Where mlx-lm puts the reply.
+        exchange (Exchange): Whose client may leave while it waits.
+    """
+
+    def __init__(self, queue: Queue[Any], exchange: Exchange):
+        self._queue = queue
+        self._exchange = exchange
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        try:
+            item = self._queue.get(block, timeout)
+        except Empty:
+            self._check()
+            raise
+        self._check()
+        return item
+
+    def _check(self) -> None:
+        try:
+            self._exchange.check()
+        except OSError:
+            if self._exchange.context is not None:
+                raise
+            # It has no slot that could be freed: what takes it from the line will see.
+            abandon(self._queue)
+
+
+def has_body(headers: Mapping[str, str]) -> bool:
+    return headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
+
+
+def abandon(queue: Queue[Any]) -> None:
+    queue.is_abandoned = True  # type: ignore[attr-defined]
+
+
+def is_abandoned(queue: Queue[Any]) -> bool:
+    return getattr(queue, "is_abandoned", False)
+
+
+def parse_object(data: bytes) -> Body:
+    """The JSON object in a body.
+
+    Raises:
+        APIError: 400, if it is something else.
+    """
+    # A number or a nesting can be longer than Python is willing to read.
+    try:
+        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise bad_request(f"Invalid JSON in request body: {exc}") from exc
+    if not isinstance(value, dict):
+        raise bad_request("the request body has to be a JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

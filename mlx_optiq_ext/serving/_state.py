@@ -1,0 +1,33 @@
+"""What a server remembers from one request to the next."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from queue import Queue
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from ._store import ResponseStore
+
+
+@dataclass
+class ServerState:
+    """The state that goes with one of mlx-lm's response generators.
+
+    Args:
+        store: Responses that can be asked for again.
+        waiting: The queues on which requests that are being served get their reply.
+    """
+
+    store: ResponseStore = field(default_factory=ResponseStore)
+    waiting: WeakSet[Queue[Any]] = field(default_factory=WeakSet)
+
+
+_states: WeakKeyDictionary[Any, ServerState] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def state_of(generator: Any) -> ServerState:
+    with _lock:
+        return _states.setdefault(generator, ServerState())

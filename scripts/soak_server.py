@@ -1,0 +1,207 @@
+"""Keeps a server busy with mixed requests for long, and checks what it answers.
+
+Several clients at once ask by all three APIs, streamed and not, some of them leave in
+the middle, and some ask for nonsense. Everything stays on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from _served import Baseline, Served, finish
+
+PROMPTS = (
+    "Write a function.",
+    "Write the Python function `def read(self)` for module io.",
+    "Write a class that counts words. " * 5,
+    "Hello",
+)
+NUM_TOKENS = (1, 8, 40)
+WARM_UP = 20.0
+
+Case = tuple[str, str, int]
+
+
+class Client:
+    """Asks one thing after another until its time is over.
+
+    Args:
+        served (Served): Whom to ask.
+        expected (dict): What the right answers are.
+        seed (int): Decides what is asked.
+    """
+
+    def __init__(self, served: Served, expected: dict[Case, str], seed: int):
+        self._served = served
+        self._expected = expected
+        self._chance = random.Random(seed)
+        self.outcomes: Counter[str] = Counter()
+        self.problems: list[str] = []
+
+    def run(self, deadline: float) -> None:
+        while time.monotonic() < deadline and len(self.problems) < 20:
+            name = self._chance.choices(*ACTIONS)[0]
+            try:
+                getattr(self, name)()
+            except Exception as exc:
+                self.problems.append(f"{name}: {exc!r}")
+            self.outcomes[name] += 1
+
+    def ask(self) -> None:
+        """Any of the questions with a known answer, streamed or not."""
+        case = self._chance.choice(list(self._expected))
+        stream = self._chance.random() < 0.5
+        found = ask(self._served, case, stream=stream)
+        if found != self._expected[case]:
+            self.problems.append(f"{case}: {found!r} is not {self._expected[case]!r}")
+
+    def leave(self) -> None:
+        """Close the connection in the middle of a reply, or before there is one."""
+        api = self._chance.choice(list(PATHS))
+        body = body_for((api, self._chance.choice(PROMPTS), 400))
+        connection = self._served.connect()
+        connection.request("POST", PATHS[api], json.dumps(body | {"stream": True}))
+        if self._chance.random() < 0.7:
+            connection.getresponse().read(self._chance.randrange(1, 2000))
+        connection.close()
+
+    def count(self) -> None:
+        prompt = self._chance.choice(PROMPTS)
+        body = body_for(("messages", prompt, 1))
+        path = "/v1/messages/count_tokens"
+        self._expect(self._served.ask("POST", path, body), 200)
+
+    def sample(self) -> None:
+        """A reply by chance, with a seed or without."""
+        body = body_for(("chat", self._chance.choice(PROMPTS), 20))
+        body |= {"temperature": 1.0, "top_p": 0.9, "top_k": 20}
+        if self._chance.random() < 0.3:
+            body["seed"] = self._chance.randrange(5)
+        self._expect(self._served.ask("POST", PATHS["chat"], body), 200)
+
+    def converse(self) -> None:
+        """A chain of stored responses."""
+        previous = None
+        for _ in range(3):
+            body = body_for(("responses", self._chance.choice(PROMPTS), 8))
+            body["previous_response_id"] = previous
+            status, reply = self._served.ask("POST", PATHS["responses"], body)
+            self._expect((status, reply), 200)
+            previous = reply["id"]
+        self._expect(self._served.ask("DELETE", f"/v1/responses/{previous}"), 200)
+
+    def fail(self) -> None:
+        """A request that cannot be served."""
+        wrong: dict[str, Any] = self._chance.choice(
+            [{"temperature": -1}, {"max_tokens": "x"}, {"messages": []}, {"top_k": -5}]
+        )
+        body = body_for(("chat", "Hello", 5))
+        body.update(wrong)
+        self._expect(self._served.ask("POST", PATHS["chat"], body), 400)
+
+    def _expect(self, reply: tuple[int, Any], status: int) -> None:
+        if reply[0] != status:
+            self.problems.append(f"{reply} is not {status}")
+
+
+ACTIONS = (
+    ("ask", "leave", "count", "sample", "converse", "fail"),
+    (60, 10, 8, 10, 4, 8),
+)
+
+PATHS = {
+    "messages": "/v1/messages",
+    "responses": "/v1/responses",
+    "chat": "/v1/chat/completions",
+}
+
+
+def body_for(case: Case) -> dict[str, Any]:
+    api, prompt, num_tokens = case
+    if api == "responses":
+        return {"model": "gpt-x", "input": prompt, "max_output_tokens": num_tokens}
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": "claude-x", "messages": messages, "max_tokens": num_tokens}
+
+
+def ask(served: Served, case: Case, *, stream: bool = False) -> str:
+    """The text of the reply to a question."""
+    connection = served.connect()
+    try:
+        body = body_for(case) | {"stream": stream}
+        connection.request("POST", PATHS[case[0]], json.dumps(body))
+        reply = connection.getresponse()
+        if stream:
+            return "".join(map(delta, events(reply)))
+        return whole(case[0], json.loads(reply.read()))
+    finally:
+        connection.close()
+
+
+def events(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    for line in reply:
+        if line.startswith(b"data: {"):
+            yield json.loads(line.removeprefix(b"data: "))
+
+
+def delta(event: dict[str, Any]) -> str:
+    if "choices" in event:
+        return event["choices"][0]["delta"].get("content") or ""
+    if event["type"] == "content_block_delta":
+        return event["delta"]["text"]
+    return event["delta"] if event["type"] == "response.output_text.delta" else ""
+
+
+def whole(api: str, reply: dict[str, Any]) -> str:
+    if api == "chat":
+        return reply["choices"][0]["message"]["content"] or ""
+    if api == "messages":
+        return "".join(block["text"] for block in reply["content"])
+    return "".join(item["content"][0]["text"] for item in reply["output"])
+
+
+def run(clients: list[Client], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    threads = [threading.Thread(target=c.run, args=(deadline,)) for c in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--clients", type=int, default=6)
+    arguments = parser.parse_args()
+    # Bounded, so that what is kept on purpose does not look like a leak.
+    with Served("--prompt-cache-bytes", "32MB") as served:
+        cases = [(api, p, n) for api in PATHS for p in PROMPTS for n in NUM_TOKENS]
+        expected = {case: ask(served, case) for case in cases}
+        clients = [Client(served, expected, seed) for seed in range(arguments.clients)]
+        run(clients, min(WARM_UP, arguments.minutes * 60 / 4))
+        baseline = Baseline(served)
+        run(clients, arguments.minutes * 60)
+        problems = [problem for client in clients for problem in client.problems]
+        problems += baseline.problems()
+        again = {case: ask(served, case) for case in cases}
+        problems += [
+            f"{case} has a new answer"
+            for case in cases
+            if again[case] != expected[case]
+        ]
+        problems += served.tracebacks()
+    print(dict(sum((client.outcomes for client in clients), Counter())))
+    finish(problems)
+
+
+if __name__ == "__main__":
+    main()

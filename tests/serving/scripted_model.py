@@ -1,0 +1,66 @@
+"""A model that says what the prompt tells it to; mlx-lm loads it as `model_file`.
+
+The last `@{...}@` of the prompt is JSON: `ids` are the tokens to emit before EOS,
+`sleep` seconds to take for each, `prefill_sleep` for the prompt, `fail_at` where to
+raise.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass
+class ModelArgs:
+    vocab_size: int
+    eos_token_id: int
+
+    @classmethod
+    def from_dict(cls, config):
+        return cls(config["vocab_size"], config["eos_token_id"])
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.model_type = "scripted"
+        self.unused = mx.zeros((1,))
+
+    @property
+    def layers(self):
+        return [None]
+
+    def __call__(self, inputs, cache, **kwargs):
+        keys = inputs.astype(mx.float32)[:, None, :, None]
+        history, _ = cache[0].update_and_fetch(keys, keys)
+        rows = history[:, 0, :, 0].astype(mx.int32).tolist()
+        tokens = mx.array([self._next(row, inputs.shape[1]) for row in rows])
+        logits = mx.where(mx.arange(self.args.vocab_size) == tokens[:, None], 50.0, 0.0)
+        return mx.repeat(logits[:, None], inputs.shape[1], axis=1)
+
+    def _next(self, row, num_new):
+        script = read_script(row)
+        if script is None:
+            return self.args.eos_token_id
+        ids = script["ids"]
+        num_said = max(
+            count
+            for count in range(min(len(ids), len(row)) + 1)
+            if row[len(row) - count :] == ids[:count]
+        )
+        time.sleep(script.get("prefill_sleep" if num_new > 1 else "sleep", 0.0))
+        if num_new == 1 and script.get("fail_at") == num_said:
+            raise RuntimeError("scripted failure")
+        return [*ids, self.args.eos_token_id][num_said]
+
+
+def read_script(row):
+    # The tokens of ASCII text are its bytes in the order of the byte-level alphabet.
+    text = "".join(chr(token + 33) if token < 94 else " " for token in row)
+    start = text.rfind("@{")
+    end = text.find("}@", start)
+    return json.loads(text[start + 1 : end + 1]) if start >= 0 <= end else None

@@ -1,0 +1,184 @@
+"""Clients that leave, requests that fail, and a generation thread that dies."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ServerProcess, Starter
+from .scripted import say
+
+SLOW = say("a" * 100, sleep=0.05)
+PATHS = ("/v1/messages", "/v1/responses", "/v1/chat/completions")
+
+
+def body_for(path: str, text: str, *, stream: bool) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    if path == "/v1/responses":
+        return {"model": "gpt-x", "input": text, "stream": stream}
+    return {
+        "model": "gpt-x",
+        "messages": messages,
+        "max_tokens": 200,
+        "stream": stream,
+    }
+
+
+def start(
+    server: ServerProcess, path: str, text: str, *, stream: bool
+) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", path, json.dumps(body_for(path, text, stream=stream)))
+    return connection
+
+
+def reply(server: ServerProcess, text: str) -> tuple[int, Any]:
+    response = start(server, "/v1/messages", text, stream=False).getresponse()
+    return response.status, json.loads(response.read())
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture(scope="module")
+def single(start_server: Starter) -> ServerProcess:
+    """A server with one slot: what does not give it back stops all others."""
+    return start_server("--decode-concurrency", "1", "--prompt-concurrency", "1")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_client_that_leaves_frees_its_slot(
+    single: ServerProcess, path: str, stream: bool
+) -> None:
+    connection = start(single, path, SLOW, stream=stream)
+    if stream:
+        assert connection.getresponse().read(10)
+    else:
+        time.sleep(0.3)
+    connection.close()
+    began = time.monotonic()
+    assert reply(single, say("next"))[0] == 200
+    assert time.monotonic() - began < 2.0
+    assert "Traceback" not in single.output()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_client_that_leaves_the_line_is_not_served(
+    server: ServerProcess, path: str
+) -> None:
+    # What has a seed is served alone, and all the others wait for its end.
+    busy = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    first = body_for("/v1/messages", say("a" * 40, sleep=0.05), stream=False)
+    busy.request("POST", "/v1/messages", json.dumps(first | {"seed": 1}))
+    time.sleep(0.3)
+    for _ in range(3):
+        waiting = start(server, path, say("a", prefill_sleep=1.0), stream=False)
+        time.sleep(0.1)
+        waiting.close()
+    assert busy.getresponse().status == 200
+    began = time.monotonic()
+    assert reply(server, say("next"))[0] == 200
+    assert time.monotonic() - began < 2.0
+
+
+def test_a_failed_request_does_not_end_the_server(single: ServerProcess) -> None:
+    for path in PATHS:
+        failing = say("abcdef", fail_at=3)
+        response = start(single, path, failing, stream=False).getresponse()
+        assert response.status == 500
+        assert "scripted failure" in response.read().decode()
+        response = start(single, path, failing, stream=True).getresponse()
+        assert "scripted failure" in response.read().decode()
+    assert reply(single, say("next"))[1]["content"][0]["text"] == "next"
+
+
+def test_keep_alives_during_a_long_prompt(start_server: Starter) -> None:
+    server = start_server(start=FAST_KEEP_ALIVE)
+    text = say("abc", prefill_sleep=0.5)
+    for path, mark in (("/v1/messages", "ping"), ("/v1/responses", ": keep-alive")):
+        stream = start(server, path, text + path, stream=True).getresponse()
+        assert mark in stream.read().decode()
+
+
+FAST_KEEP_ALIVE = """\
+import mlx_optiq_ext
+from mlx_optiq_ext.serving import _exchange
+_exchange.KEEP_ALIVE_INTERVAL = 0.2
+from mlx_lm.server import main
+main()
+"""
+
+DEADLY = """\
+import mlx_optiq_ext
+from mlx_lm import server
+def die(self):
+    raise BaseException("no loop survives this")
+server.TimeBudget.__iter__ = die
+server.main()
+"""
+
+
+def test_a_dead_generation_thread_is_noticed(start_server: Starter) -> None:
+    server = start_server(start=DEADLY)
+    began = time.monotonic()
+    assert reply(server, say("x"))[0] == 503
+    assert time.monotonic() - began < 5.0
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 503
+    for path in PATHS:
+        began = time.monotonic()
+        response = start(server, path, say("x"), stream=True).getresponse()
+        assert response.status == 503
+        assert json.loads(response.read())["error"]["message"]
+        assert time.monotonic() - began < 0.5
+
+
+def test_a_slow_client_does_not_hold_up_the_others(server: ServerProcess) -> None:
+    with server.connect() as slow:
+        slow.sendall(b"POST /v1/messages HTTP/1.1\r\nContent-Length: 900\r\n\r\n{")
+        assert reply(server, say("quick"))[0] == 200
+
+
+def test_a_client_that_sends_nothing_is_let_go(start_server: Starter) -> None:
+    server = start_server(start=SHORT_TIMEOUT)
+    with server.connect() as silent:
+        assert silent.recv(1) == b""
+    with server.connect() as slow:
+        slow.sendall(b"POST /v1/messages HTTP/1.1\r\nContent-Length: 900\r\n\r\n{")
+        assert b" 408 " in slow.recv(1 << 16).split(b"\r\n")[0]
+    assert "Traceback" not in server.output()
+
+
+SHORT_TIMEOUT = FAST_KEEP_ALIVE.replace("KEEP_ALIVE_INTERVAL", "IDLE_TIMEOUT")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_threads_and_files_are_given_back(server: ServerProcess) -> None:
+    def count(kind: str) -> int:
+        return sum(1 for _ in Path(f"/proc/{server.pid}/{kind}").iterdir())
+
+    for _ in range(3):
+        reply(server, say("x"))
+    kinds = ("task", "fd")
+    before = {kind: count(kind) for kind in kinds}
+    for number in range(20):
+        connection = start(server, PATHS[number % 3], SLOW, stream=number % 2 == 0)
+        if number % 2 == 0:
+            connection.getresponse().read(5)
+        connection.close()
+    for kind in kinds:
+        assert eventually(lambda kind=kind: count(kind) <= before[kind] + 1)
