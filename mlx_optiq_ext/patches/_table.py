@@ -59,6 +59,8 @@ def _server() -> tuple[Patch, ...]:
         "ResponseGenerator._next_request": ("next_request", ("timeout",)),
         "ResponseGenerator._generate": ("generation_loop", ()),
         "ResponseGenerator._tokenize": ("tokenize", ("tokenizer", "request", "args")),
+        "APIHandler.generate_response": ("with_counts", ()),
+        "APIHandler.completion_usage_response": ("with_counts", ()),
         "scan_cache_dir": ("scan_cache_dir", ()),
         "_run_http_server": ("run_http_server", ("host", "response_generator")),
         "main": ("main", ()),
@@ -66,6 +68,25 @@ def _server() -> tuple[Patch, ...]:
     return tuple(
         Patch(module, attribute, f"{wrappers}:{wrapper}", parameters)
         for attribute, (wrapper, parameters) in seams.items()
+    )
+
+
+def _batching() -> tuple[Patch, ...]:
+    """The seams by which served models are decoded speculatively."""
+    wrappers = f"{_HERE}.batching"
+    seams: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+        ("generate", "BatchGenerator.__init__"): ("batch_generator", ("model",)),
+        ("generate", "BatchGenerator.insert_segments"): (
+            "insert_segments",
+            ("segments", "caches"),
+        ),
+        ("server", "ModelProvider._load"): ("load_served", ("draft_model_path",)),
+        ("server", "ModelProvider.load_default"): ("load_default", ()),
+        ("server", "ResponseGenerator._serve_single"): ("serve_single", ("request",)),
+    }
+    return tuple(
+        Patch(f"mlx_lm.{module}", attribute, f"{wrappers}:{wrapper}", parameters)
+        for (module, attribute), (wrapper, parameters) in seams.items()
     )
 
 
@@ -111,4 +132,5 @@ PATCHES: tuple[Patch, ...] = (
     *_command_line("benchmark"),
     *_command_line("cache_prompt"),
     *_server(),
+    *_batching(),
 )

@@ -41,7 +41,8 @@ class SpeculationParser(argparse.ArgumentParser):
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
         if parsed.num_draft_tokens is None:
-            parsed.num_draft_tokens = self.num_draft_tokens
+            is_ours = parsed.mtp or draft is not None
+            parsed.num_draft_tokens = 1 if is_ours else self.num_draft_tokens
         return parsed
 
     def _check_one(self, parsed: argparse.Namespace) -> None:
@@ -77,6 +78,12 @@ class SpeculationParser(argparse.ArgumentParser):
 def setup_arg_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     parser = wrapped(*args, **kwargs)
     parser.__class__ = SpeculationParser
+    add_flags(parser, with_draft=wrapped.__module__ != WITHOUT_DRAFT)
+    return parser
+
+
+def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
+    """Add the flags for speculation that upstream's parser does not have."""
     parser.num_draft_tokens = parser.get_default("num_draft_tokens")
     if parser.num_draft_tokens is None:
         parser.add_argument("--num-draft-tokens", type=int, help=NUM_DRAFT_TOKENS_HELP)
@@ -85,9 +92,8 @@ def setup_arg_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     parser.add_argument(
         "--mtp", nargs="?", const=True, default=None, metavar="PATH", help=MTP_HELP
     )
-    if wrapped.__module__ != WITHOUT_DRAFT:
+    if with_draft:
         parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
-    return parser
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

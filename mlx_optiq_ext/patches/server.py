@@ -13,6 +13,8 @@ from typing import Any
 
 import wrapt
 
+from .command_line import SpeculationParser, add_flags
+
 NO_MODEL = "there is no default model: start the server with --model, or name one"
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
 
@@ -27,13 +29,20 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class ServerParser(argparse.ArgumentParser):
+class ServerParser(SpeculationParser):
     """mlx-lm's parser with our flags at the end."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for add_flags in FLAGS:
-            add_flags(self)
-        return super().parse_args(args, namespace)
+        for add in FLAGS:
+            add(self)
+        parsed = super().parse_args(args, namespace)
+        if parsed.draft is not None:
+            from ..drafters import is_draft_model
+
+            # Requests in a batch share no draft model: mlx-lm serves them one by one.
+            if is_draft_model(parsed.draft):
+                parsed.draft_model, parsed.draft = parsed.draft, None
+        return parsed
 
 
 class _Argparse(wrapt.ObjectProxy):
@@ -57,7 +66,7 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # Each adds the flags of one concern to the parser.
-FLAGS = (add_serving_flags,)
+FLAGS = (add_serving_flags, add_flags)
 
 
 def parse_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -109,6 +118,7 @@ def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     defaults = getattr(instance.model_provider, "_model_map", {})
     if model.model == DEFAULT_MODEL and defaults.get(DEFAULT_MODEL, "") is None:
         raise APIError(404, NO_MODEL, param="model", code="model_not_found")
+    exchange.arguments = call.arguments["generation_args"]
     exchange.context, responses = wrapped(*args, **kwargs)
     return exchange.context, responses
 
@@ -137,6 +147,7 @@ def generation_loop(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving import _generation
+    from ..serving._speculation import check_draft_tokens, speculation_of
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     tokenizer, request, arguments = call.args
@@ -149,7 +160,23 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             instance, tokenizer, request, arguments, tokenized
         )
     _generation.check_generation(tokenizer, arguments, tokenized[0])
+    if (served := speculation_of(instance.model_provider.model)) is not None:
+        check_draft_tokens(arguments)
+        served.announce(arguments)
     return tokenized
+
+
+def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving._exchange import current
+
+    response = wrapped(*args, **kwargs)
+    exchange = current.get()
+    stats = getattr(exchange and exchange.arguments, "speculation", None)
+    if stats is not None:
+        from ..serving._speculation import add_counts
+
+        add_counts(response, stats)
+    return response
 
 
 def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

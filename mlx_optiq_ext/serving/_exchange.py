@@ -49,6 +49,8 @@ class Exchange:
         self.request_id = f"req_{uuid.uuid4().hex}"
         # mlx-lm's context of the generation, once there is one.
         self.context: Any = None
+        # And what it was asked for with.
+        self.arguments: Any = None
         self.translates_errors = False
         self._stream: Reply | None = None
         self._has_body = has_body(handler.headers)

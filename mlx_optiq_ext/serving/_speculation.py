@@ -1,0 +1,153 @@
+"""Speculation for the models that mlx-lm's server serves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Sequence
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .._errors import SpeculationError
+from .._options import MAX_DRAFT_TOKENS
+from ..decoding import SpeculationStats
+from ..decoding._batch import SequenceOptions
+from ..drafters import Drafter, MTPDrafter, as_drafter
+from ..drafters._priming import prime_with_calls
+from ..mixins.qwen3_5 import attach_mtp
+from ._errors import bad_request
+
+
+class ServedSpeculation:
+    """How the sequences of one served model are decoded.
+
+    Args:
+        model (nn.Module): The target.
+        drafter (Drafter): What proposes tokens.
+    """
+
+    def __init__(self, model: nn.Module, drafter: Drafter):
+        self._model = model
+        self._announced: Any = None
+        self._by_sequence: dict[int, SequenceOptions] = {}
+        self.drafter = drafter
+
+    def options(self, uid: int) -> SequenceOptions:
+        """Those of a sequence in the batch."""
+        return self._by_sequence[uid]
+
+    def announce(self, arguments: Any) -> None:
+        """Note whose sequence will be admitted next.
+
+        Args:
+            arguments (GenerationArguments): Of the request.
+        """
+        self._announced = arguments
+
+    def admit(self, uids: Sequence[int], alive: Container[int]) -> None:
+        """Give sequences the options of the request that was announced.
+
+        Args:
+            uids (Sequence[int]): The sequences.
+            alive (Container[int]): Those still being decoded; others are forgotten.
+        """
+        known = {uid: o for uid, o in self._by_sequence.items() if uid in alive}
+        options = options_of(self._announced)
+        self._by_sequence = known | dict.fromkeys(uids, options)
+
+    def make_cache(self, max_kv_size: int | None) -> list[Any]:
+        """A prompt cache with the entries of the drafter at its end."""
+        return make_prompt_cache(self._model, max_kv_size) + self.drafter.make_cache()
+
+
+def options_of(arguments: Any) -> SequenceOptions:
+    """What a request asks for; its statistics are left with its arguments.
+
+    Args:
+        arguments (GenerationArguments): Of the request.
+    """
+    arguments.speculation = SpeculationStats()
+    return SequenceOptions(arguments.num_draft_tokens, arguments.speculation)
+
+
+def speculation_of(model: nn.Module | None) -> ServedSpeculation | None:
+    """How the sequences of a model are decoded, None if plainly."""
+    return getattr(model, "_served", None)
+
+
+def check_draft_tokens(arguments: Any) -> None:
+    """Refuse a request for more draft tokens than can be had; 0 is for none.
+
+    Raises:
+        APIError: 400.
+    """
+    if arguments.num_draft_tokens > MAX_DRAFT_TOKENS:
+        raise bad_request(
+            f"num_draft_tokens: expected 0 to {MAX_DRAFT_TOKENS}, got "
+            f"{arguments.num_draft_tokens}",
+            param="num_draft_tokens",
+        )
+
+
+def add_counts(response: dict[str, Any], stats: SpeculationStats) -> None:
+    """Add what speculation did to the last object of a completion.
+
+    Args:
+        response (dict): In OpenAI's words; changed in place.
+        stats (SpeculationStats): Of the request.
+    """
+    is_last = any(choice.get("finish_reason") for choice in response["choices"])
+    if "usage" in response:
+        response["usage"]["completion_tokens_details"] = {
+            "accepted_prediction_tokens": stats.num_accepted,
+            "rejected_prediction_tokens": stats.num_drafted - stats.num_accepted,
+        }
+    if is_last or "usage" in response:
+        response["timings"] = {
+            "draft_n": stats.num_drafted,
+            "draft_n_accepted": stats.num_accepted,
+        }
+
+
+def serve_speculatively(provider: Any) -> None:
+    """Let requests for the model that was just loaded be decoded speculatively.
+
+    Args:
+        provider (ModelProvider): mlx-lm's, with the flags of the command line.
+
+    Raises:
+        SpeculationError: If the model of the command line cannot be the target.
+    """
+    flags = provider.cli_args
+    is_default = provider.model_key[0] == flags.model
+    try:
+        _check_not_distributed(provider)
+        drafter = _drafter(provider.model, flags, is_default)
+    except SpeculationError as error:
+        if is_default:
+            raise
+        # A client chose this model, and the flags were not about it.
+        logging.warning(
+            "%s is served without speculation: %s", provider.model_key, error
+        )
+        return
+    # Not a submodule, so not by nn.Module.__setattr__.
+    served = ServedSpeculation(provider.model, drafter)
+    object.__setattr__(provider.model, "_served", served)
+
+
+def _drafter(model: nn.Module, flags: Any, is_default: bool) -> Drafter:
+    if flags.draft is not None:
+        return as_drafter(flags.draft, model)
+    attach_mtp(model, flags.mtp if is_default and flags.mtp is not True else None)
+    prime_with_calls(model)
+    return MTPDrafter(model)
+
+
+def _check_not_distributed(provider: Any) -> None:
+    if provider.is_distributed:
+        raise SpeculationError(
+            "Cannot speculate: the model is distributed over several processes. Serve "
+            "it in one, or without --mtp and --draft."
+        )
