@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_demo_shows_both_texts_and_what_differs() -> None:
     lines = run("demo", "--max-tokens", "60").stdout.splitlines()
-    plain, speculative = lines.index("Plain"), lines.index("With the MTP head")
+    plain, speculative = lines.index("Plain"), lines.index("Speculative")
     report = dict(line.split(":", 1) for line in lines[-6:])
     length = speculative - plain
     assert (

@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext demo`: the embedded model, plain and with its MTP head."""
+"""`mlx-optiq-ext demo`: an embedded model, plain and with its drafter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-MODEL = Path(__file__).parents[1] / "demo_model"
+PACKAGE = Path(__file__).parents[1]
+MODEL = PACKAGE / "demo_model"
+GEMMA = PACKAGE / "demo_gemma"
+FAMILIES: dict[str, tuple[Path, dict[str, Any]]] = {
+    "qwen": (MODEL, {"mtp": True}),
+    "gemma": (GEMMA, {"draft": GEMMA / "assistant"}),
+}
 PROMPT = (
     "def parse_args(argv):\n"
     '    """Parse the command line."""\n'
@@ -18,27 +24,37 @@ NUM_WARM_UP_TOKENS = 16
 
 
 @click.command()
+@click.option(
+    "--family",
+    type=click.Choice(list(FAMILIES)),
+    default="qwen",
+    show_default=True,
+    help="Qwen3.5 with its MTP head, or Gemma-4 with an assistant.",
+)
 @click.option("--path", is_flag=True, help="Print the folder of the model and exit.")
 @click.option("--prompt", default=PROMPT, help="Text to continue.")
 @click.option("--max-tokens", default=200, show_default=True)
 @click.option(
     "--num-draft-tokens", type=click.IntRange(1, 8), default=1, show_default=True
 )
-def demo(path: bool, prompt: str, max_tokens: int, num_draft_tokens: int) -> None:
-    """Decode with the embedded model, plain and with its MTP head."""
+def demo(
+    family: str, path: bool, prompt: str, max_tokens: int, num_draft_tokens: int
+) -> None:
+    """Decode with an embedded model, plain and with its drafter."""
+    folder, drafter = FAMILIES[family]
     if path:
-        click.echo(MODEL)
+        click.echo(folder)
         return
     from mlx_lm import load
 
     warnings.filterwarnings("ignore", message="Speculation with an MTP head")
-    model, tokenizer = load(str(MODEL))
-    speculation = {"mtp": True, "num_draft_tokens": num_draft_tokens}
+    model, tokenizer = load(str(folder))
+    speculation = {**drafter, "num_draft_tokens": num_draft_tokens}
     for options in ({}, speculation):
         _run(model, tokenizer, prompt, NUM_WARM_UP_TOKENS, options)
     click.secho("Plain", bold=True)
     plain = _run(model, tokenizer, prompt, max_tokens, {}, echo=True)
-    click.secho("With the MTP head", bold=True)
+    click.secho("Speculative", bold=True)
     speculative = _run(model, tokenizer, prompt, max_tokens, speculation, echo=True)
     _report(plain, speculative)
 
@@ -71,7 +87,7 @@ def _report(plain: list[Any], speculative: list[Any]) -> None:
     is_same = [r.token for r in plain] == [r.token for r in speculative]
     for name, value in (
         ("Plain", f"{rates[0]:.1f} tokens-per-sec"),
-        ("With the MTP head", f"{rates[1]:.1f} tokens-per-sec"),
+        ("Speculative", f"{rates[1]:.1f} tokens-per-sec"),
         ("Speed-up", f"{rates[1] / rates[0]:.2f}"),
         ("Draft tokens accepted", f"{stats.acceptance_rate:.1%}"),
         ("Mean accepted length", f"{stats.mean_accepted_length:.2f} tokens a round"),

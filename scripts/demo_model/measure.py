@@ -6,7 +6,7 @@ import itertools
 import json
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,9 @@ def measure(folder: Path, streams: Path) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="Speculation with an MTP head")
     attach_mtp(model, folder)
     held_out = np.load(streams)
-    chat_prompts = json.loads((streams.parent / "chat_prompts.json").read_text())
-    start_of_answer = f"{SPECIAL_TOKENS[1]}assistant\n"
-    answers = [tokenizer.encode(prompt + start_of_answer) for prompt in chat_prompts]
+    answers = chat_prompts(streams, tokenizer)
     prompts = {
-        "code": list(_code_prompts(held_out["code"])),
+        "code": list(code_prompts(held_out["code"])),
         "chat": answers[:_NUM_PROMPTS],
     }
     figures: dict[str, Any] = {}
@@ -60,7 +58,7 @@ def measure(folder: Path, streams: Path) -> dict[str, Any]:
             ]
             figures[kind][f"depth_{depth}"] = _summarise(rounds, depth)
     figures["plain tokens per second"] = _speed(model, tokenizer, prompts["code"])
-    figures["answers that end"] = _share_that_ends(model, tokenizer, answers[:40])
+    figures["answers that end"] = share_that_ends(model, tokenizer, answers[:40])
     return figures
 
 
@@ -86,7 +84,7 @@ def agreement(
         greedy.append((drafts.argmax(-1) == own.argmax(-1)).mean().item())
         both = mx.minimum(mx.softmax(drafts, -1), mx.softmax(own, -1))
         overlap.append(both.sum(-1).mean().item())
-    return {"greedy": _mean(greedy), "overlap at temperature 1": _mean(overlap)}
+    return {"greedy": mean(greedy), "overlap at temperature 1": mean(overlap)}
 
 
 def simulate(
@@ -138,10 +136,18 @@ def _summarise(rounds: list[int], depth: int) -> dict[str, Any]:
     }
 
 
-def _code_prompts(tokens: np.ndarray) -> Iterator[list[int]]:
+def code_prompts(tokens: np.ndarray) -> Iterator[list[int]]:
+    """Yield the beginnings of some files of a held-out stream."""
     starts = np.flatnonzero(tokens == END_OF_TEXT)
     for start in starts[:: len(starts) // _NUM_PROMPTS][:_NUM_PROMPTS]:
         yield tokens[start + 1 : start + 1 + _NUM_PROMPT_TOKENS].tolist()
+
+
+def chat_prompts(streams: Path, tokenizer: Any) -> list[list[int]]:
+    """Read the held-out prompts beside streams.npz, up to where the answer begins."""
+    prompts = json.loads((streams.parent / "chat_prompts.json").read_text())
+    start_of_answer = f"{SPECIAL_TOKENS[1]}assistant\n"
+    return [tokenizer.encode(prompt + start_of_answer) for prompt in prompts]
 
 
 def _generate(model: Any, tokenizer: Any, prompt: list[int]) -> list[int]:
@@ -157,7 +163,8 @@ def _speed(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
     return round(statistics.median(speeds), 1)
 
 
-def _share_that_ends(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
+def share_that_ends(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
+    """Measure how many greedy answers end by themselves."""
     reasons = []
     for prompt in prompts:
         *_, last = stream_generate(model, tokenizer, prompt, max_tokens=_MAX_ANSWER)
@@ -165,5 +172,6 @@ def _share_that_ends(model: Any, tokenizer: Any, prompts: list[list[int]]) -> fl
     return round(reasons.count("stop") / len(reasons), 3)
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean as it is printed."""
     return round(statistics.fmean(values), 4)

@@ -118,6 +118,42 @@ def test_the_output_layer_runs_on_the_rows_that_are_read() -> None:
     assert CountingLinear.num_rows == num_verified + stats.num_drafted
 
 
+def test_a_draft_behind_a_rejected_one_is_not_accepted(model: nn.Module) -> None:
+    class Misled(ScriptedDrafter):
+        """Wrong at first, then right about what follows the wrong token."""
+
+        def open(self, *args: Any) -> Any:
+            session = super().open(*args)
+
+            def draft(tokens: Any, states: Any, num: int, proposal: Any) -> None:
+                session.num_seen += tokens.size
+                for position in range(num):
+                    history = [*PROMPT.tolist(), *self.script[: session.num_seen]]
+                    history += [token.item() for token in proposal.tokens]
+                    logits = model(mx.array([history]))[:, -1]
+                    wrong = mx.argsort(logits, axis=-1)[:, -2:-1]
+                    token = mx.argmax(logits, axis=-1) if position else wrong[0]
+                    proposal.add(
+                        mx.where(mx.arange(VOCAB_SIZE) == token, 9.0, 0.0)[None]
+                    )
+
+            session.draft = draft
+            return session
+
+    expected = plain(model, 12)
+    script = [token for token, _ in expected]
+    steps = spec_generate_step(
+        PROMPT,
+        model,
+        drafter=Misled(script, VOCAB_SIZE, always),
+        num_draft_tokens=3,
+        max_tokens=12,
+    )
+    found = list(steps)
+    assert_same_tokens(expected, found)
+    assert not any(is_draft for *_, is_draft in found)
+
+
 def test_statistics_agree_with_what_was_emitted(model: nn.Module) -> None:
     stats = SpeculationStats()
     steps = spec_generate_step(

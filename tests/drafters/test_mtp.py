@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import (
@@ -19,7 +20,7 @@ from mlx_lm.models.cache import (
 
 from mlx_optiq_ext import SpeculationError, SpeculationStats, spec_generate_step
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
-from tests.helpers import assert_same_cache, load_tiny
+from tests.helpers import DEMO, assert_same_cache, load_tiny
 
 PROMPT = mx.arange(3, 20)
 
@@ -71,6 +72,22 @@ def test_head_state_after_decoding_is_that_of_prefill(
     prefilled = primed_by(model, (everything, 0), max_tokens=0)
     assert prefilled[0].offset == len(everything) - 1
     assert_same_cache(prefilled, decoded)
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 14))
+def test_head_state_is_right_when_a_run_of_accepted_drafts_is_cut(
+    num_tokens: int,
+) -> None:
+    model, tokenizer = mlx_lm.load(str(DEMO))
+    attach_mtp(model)
+    prompt = mx.array(tokenizer.encode("class Queue:\n    def __init__("))
+    prompt_cache = make_prompt_cache(model)
+    num_entries = len(prompt_cache)
+    tokens = continue_(model, prompt, num_tokens, prompt_cache, num_draft_tokens=4)
+    prefilled = make_prompt_cache(model)
+    everything = mx.concatenate([prompt, mx.array(tokens)])
+    continue_(model, everything, 0, prefilled, max_tokens=0)
+    assert_same_cache(prefilled[num_entries:], prompt_cache[num_entries:])
 
 
 @pytest.mark.parametrize("prefill_step_size", [1, 4, 2048])

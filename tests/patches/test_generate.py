@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -146,30 +147,39 @@ def test_an_end_token_inside_an_accepted_run_ends_the_text(
     caches = make_prompt_cache(model), make_prompt_cache(model)
     drafter = ScriptedDrafter(script, model.language_model.args.vocab_size, bool)
     plain, speculative = (
-        list(
-            stream_generate(
-                model, tokenizer, PROMPT, prompt_cache=prompt_cache, draft_model=draft
-            )
+        stream_generate(
+            model, tokenizer, PROMPT, prompt_cache=prompt_cache, draft_model=draft
         )
         for prompt_cache, draft in zip(
             caches, (None, Speculation(drafter, 4)), strict=True
         )
     )
-    assert comparable(plain) == comparable(speculative)
-    assert plain[-1].finish_reason == "stop"
+    expected, found = until_finished(plain), until_finished(speculative)
+    # Neither generator has ended or was closed.
     assert_same_cache(*caches)
+    assert comparable(expected) == comparable(found)
+    assert expected[-1].finish_reason == "stop"
+
+
+def until_finished(responses: Iterator[GenerationResponse]) -> list[GenerationResponse]:
+    """Responses up to the last, which is not waited past."""
+    taken = [next(responses)]
+    while taken[-1].finish_reason is None:
+        taken.append(next(responses))
+    return taken
 
 
 def test_the_cache_is_settled_when_the_last_response_arrives(demo: Any) -> None:
     model, tokenizer = demo
     caches = make_prompt_cache(model), make_prompt_cache(model)
-    for prompt_cache, mtp in zip(caches, (False, True), strict=True):
-        responses = stream_generate(
+    generators = [
+        stream_generate(
             model, tokenizer, PROMPT, prompt_cache=prompt_cache, max_tokens=20, mtp=mtp
         )
-        # Keep the generator: nothing is closed yet.
-        while next(responses).finish_reason is None:
-            pass
+        for prompt_cache, mtp in zip(caches, (False, True), strict=True)
+    ]
+    for responses in generators:
+        until_finished(responses)
     assert_same_cache(caches[0], caches[1][: len(caches[0])])
 
 
@@ -262,6 +272,27 @@ def test_a_recurrent_draft_model_can_be_resumed(demo: Any) -> None:
     num_entries = len(plain_cache)
     assert_same_cache(plain_cache, own_cache[:num_entries])
     assert_same_cache(plain_cache, own_cache[num_entries:])
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 9))
+def test_a_draft_model_is_left_with_the_tokens_that_were_taken(
+    demo: Any, num_tokens: int
+) -> None:
+    model, tokenizer = demo
+    prompt_cache = make_prompt_cache(model) + make_prompt_cache(model)
+    responses = stream_generate(
+        model,
+        tokenizer,
+        PROMPT,
+        prompt_cache=prompt_cache,
+        draft_model=model,
+        num_draft_tokens=3,
+    )
+    for _ in range(num_tokens):
+        next(responses)
+    responses.close()
+    num_entries = len(prompt_cache) // 2
+    assert_same_cache(prompt_cache[:num_entries], prompt_cache[num_entries:])
 
 
 @pytest.mark.parametrize("keep", [0, 4])
