@@ -1,6 +1,7 @@
-"""Time a model plain and with its MTP head, interleaved in one run.
+"""Time a model plain and with its drafter, interleaved in one run.
 
-python scripts/bench_demo.py [--model PATH] [--max-tokens N] [--repeats N]
+python scripts/bench_demo.py [--family gemma] [--model PATH [--draft PATH]]
+    [--max-tokens N] [--repeats N]
 
 Prints the median decoding speed of each prompt, plain, and the speed-up at each number
 of draft tokens; the last row is the geometric mean.
@@ -13,12 +14,13 @@ import platform
 import statistics
 import warnings
 from collections import defaultdict
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import load, stream_generate
 
 import mlx_optiq_ext
-from mlx_optiq_ext.cli.demo import MODEL
+from mlx_optiq_ext.cli.demo import FAMILIES
 
 PROMPTS = (
     "class Queue:\n",
@@ -36,7 +38,11 @@ Speeds = dict[str, dict[int, list[float]]]
 def main() -> None:
     args = _parse_args()
     warnings.filterwarnings("ignore", message="Speculation with an MTP head")
-    speeds = measure(args.model, args.max_tokens, args.repeats)
+    folder, drafter = FAMILIES[args.family]
+    if args.model is not None:
+        drafter = {"draft": args.draft} if args.draft else {"mtp": True}
+    model = str(args.model or folder)
+    speeds = measure(model, drafter, args.max_tokens, args.repeats)
     print(
         f"mlx-optiq-ext {mlx_optiq_ext.__version__}, mlx {mx.__version__}, "
         f"{mx.default_device()}, {platform.platform()}\n"
@@ -44,13 +50,15 @@ def main() -> None:
     print_table(speeds)
 
 
-def measure(path: str, max_tokens: int, num_repeats: int) -> Speeds:
+def measure(
+    path: str, drafter: dict[str, Any], max_tokens: int, num_repeats: int
+) -> Speeds:
     model, tokenizer = load(path)
     speeds: Speeds = defaultdict(lambda: defaultdict(list))
     for repeat in range(num_repeats + 1):
         for prompt in PROMPTS:
             for depth in DEPTHS:
-                options = {"mtp": True, "num_draft_tokens": depth} if depth else {}
+                options = {**drafter, "num_draft_tokens": depth} if depth else {}
                 *_, last = stream_generate(
                     model, tokenizer, prompt, max_tokens=max_tokens, **options
                 )
@@ -77,7 +85,9 @@ def print_table(speeds: Speeds) -> None:
 
 def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(MODEL), help="a folder or a Hub id")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen")
+    parser.add_argument("--model", help="a folder or a Hub id, not a demo model")
+    parser.add_argument("--draft", help="its drafter, by default its MTP head")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.helpers import DEMO
 
@@ -23,8 +26,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_demo_shows_both_texts_and_what_differs() -> None:
-    lines = run("demo", "--max-tokens", "60").stdout.splitlines()
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+def test_demo_shows_both_texts_and_what_differs(family: str) -> None:
+    lines = run("demo", "--family", family, "--max-tokens", "60").stdout.splitlines()
     plain, speculative = lines.index("Plain"), lines.index("Speculative")
     report = dict(line.split(":", 1) for line in lines[-6:])
     length = speculative - plain
@@ -40,6 +44,8 @@ def test_demo_shows_both_texts_and_what_differs() -> None:
 
 def test_demo_says_where_the_model_is() -> None:
     assert run("demo", "--path").stdout == f"{DEMO}\n"
+    gemma = run("demo", "--family", "gemma", "--path").stdout.strip()
+    assert (Path(gemma) / "assistant" / "config.json").is_file()
 
 
 def test_demo_does_not_warn_about_its_own_size() -> None:
