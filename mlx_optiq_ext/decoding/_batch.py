@@ -55,10 +55,12 @@ class _Solo:
         self._first = first
         self._rounds = decoder.rounds(mx.array([first[0]], mx.uint32))
         self._has_begun = False
+        self._has_fed_first = False
 
     def next(self) -> Iterator[Token]:
         """The tokens of the next round, counted as they are taken."""
         if self._has_begun:
+            self._has_fed_first = True
             yield from self._decoder.emit(next(self._rounds))
         else:
             self._has_begun = True
@@ -66,8 +68,10 @@ class _Solo:
 
     def end(self) -> None:
         """Leave the cache with every token taken."""
-        # Rounds that have not begun have not fed the first token.
-        next(self._rounds, None)
+        # A round that is left in its middle must not be followed by another one, which
+        # would keep all of it.
+        if not self._has_fed_first:
+            next(self._rounds, None)
         self._rounds.close()
 
     def pause(self) -> None:

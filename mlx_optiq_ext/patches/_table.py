@@ -47,6 +47,7 @@ def _server() -> tuple[Patch, ...]:
         "APIHandler.handle": ("handle", ()),
         "APIHandler.parse_request": ("parse_request", ()),
         "APIHandler.send_error": ("send_error", ("code", "message")),
+        "APIHandler.log_request": ("log_request", ("code",)),
         "APIHandler._set_completion_headers": (
             "set_completion_headers",
             ("status_code",),

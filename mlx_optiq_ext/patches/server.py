@@ -16,6 +16,18 @@ import wrapt
 from .command_line import SpeculationParser, add_flags
 
 NO_MODEL = "there is no default model: start the server with --model, or name one"
+RECOMMENDED_HELP = (
+    "Sample as the model's generation_config.json recommends, penalties included, "
+    "where neither a request nor --temp, --top-p, --top-k or --min-p says otherwise. "
+    "--mtp and --draft imply it."
+)
+# The fields of a request that these flags of mlx-lm are the defaults of.
+SAMPLING_FLAGS = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+}
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
 
 
@@ -35,7 +47,11 @@ class ServerParser(SpeculationParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         for add in FLAGS:
             add(self)
+        defaults = {name: self.get_default(name) for name in SAMPLING_FLAGS}
+        # None tells a default from a value that was asked for.
+        self.set_defaults(**dict.fromkeys(SAMPLING_FLAGS))
         parsed = super().parse_args(args, namespace)
+        _settle_sampling(parsed, defaults)
         if parsed.draft is not None:
             from ..drafters import is_draft_model
 
@@ -63,6 +79,21 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         default="32MB",
         help="Largest body of a request that is read (default: %(default)s)",
     )
+    parser.add_argument(
+        "--recommended-sampling",
+        action="store_true",
+        help=RECOMMENDED_HELP,
+    )
+
+
+def _settle_sampling(parsed: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Put mlx-lm's defaults back, and say which flags were given."""
+    given = {flag for flag in SAMPLING_FLAGS if getattr(parsed, flag) is not None}
+    for flag in SAMPLING_FLAGS.keys() - given:
+        setattr(parsed, flag, defaults[flag])
+    parsed.given_sampling = {SAMPLING_FLAGS[flag] for flag in given}
+    if parsed.mtp or parsed.draft is not None:
+        parsed.recommended_sampling = True
 
 
 # Each adds the flags of one concern to the parser.
@@ -92,6 +123,15 @@ def send_error(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     send_malformed(instance, call.arguments["code"], call.arguments.get("message"))
 
 
+def log_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving._exchange import current
+
+    if (exchange := current.get()) is not None:
+        call = inspect.signature(wrapped).bind(*args, **kwargs)
+        exchange.measured.status = int(call.arguments["code"])
+    return wrapped(*args, **kwargs)
+
+
 def set_completion_headers(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving._exchange import current
     from ..serving._routes import UpstreamError
@@ -108,6 +148,8 @@ def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving._errors import APIError
     from ..serving._exchange import current
     from ..serving._models import DEFAULT_MODEL, loadable_name
+    from ..serving._sampling import note_given
+    from ..serving._state import state_of
 
     exchange = current.get()
     if exchange is None:
@@ -119,8 +161,12 @@ def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if model.model == DEFAULT_MODEL and defaults.get(DEFAULT_MODEL, "") is None:
         raise APIError(404, NO_MODEL, param="model", code="model_not_found")
     exchange.arguments = call.arguments["generation_args"]
+    chat = getattr(call.arguments["request"], "chat", None)
+    body = exchange.handler.body if chat is None else chat.body
+    note_given(exchange.arguments, body, instance.cli_args)
     exchange.context, responses = wrapped(*args, **kwargs)
-    return exchange.context, responses
+    state_of(instance).exchanges.add(exchange)
+    return exchange.context, exchange.measured.count(responses)
 
 
 def await_response(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -147,10 +193,12 @@ def generation_loop(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving import _generation
+    from ..serving._sampling import recommend
     from ..serving._speculation import check_draft_tokens, speculation_of
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     tokenizer, request, arguments = call.args
+    recommend(arguments, instance.model_provider.model)
     is_ours = isinstance(request, _generation.ChatRequest)
     if is_ours:
         _generation.check_request(instance, tokenizer, request)

@@ -13,6 +13,7 @@ from queue import Empty, Queue
 from typing import Any, Protocol
 
 from ._errors import APIError, ClientGone, anthropic_body, bad_request, openai_body
+from ._metrics import Measurement
 
 Body = dict[str, Any]
 
@@ -51,6 +52,7 @@ class Exchange:
         self.context: Any = None
         # And what it was asked for with.
         self.arguments: Any = None
+        self.measured = Measurement()
         self.translates_errors = False
         self._stream: Reply | None = None
         self._has_body = has_body(handler.headers)
@@ -103,6 +105,11 @@ class Exchange:
                 **(headers or {}),
             },
         )
+        self._write(data)
+
+    def send_text(self, data: bytes, content_type: str) -> None:
+        headers = {"Content-Type": content_type, "Content-Length": str(len(data))}
+        self._send_head(200, headers)
         self._write(data)
 
     def send_head(self, status: int) -> None:

@@ -18,6 +18,7 @@ from ._events import Usage
 from ._exchange import Exchange, current
 from ._explain import explain
 from ._generation import count_tokens
+from ._metrics import finish, require
 from ._serve import send_reply
 from ._state import state_of
 from ._store import Stored
@@ -44,6 +45,12 @@ class Route(NamedTuple):
     answer: Callable[..., None]
     is_open: bool = False
 
+    @property
+    def name(self) -> str:
+        """The path, with placeholders."""
+        pattern = self.pattern.pattern.removesuffix("(?:/.*)?")
+        return pattern.replace("(?:/v1)?", "/v1").replace("([^/]+)", "{id}")
+
 
 def serve(handler: Any) -> None:
     """Answer the request whose headers a handler has read."""
@@ -56,11 +63,15 @@ def serve(handler: Any) -> None:
     finally:
         current.reset(token)
         exchange.close()
+        state = state_of(exchange.generator)
+        state.exchanges.discard(exchange)
+        finish(exchange, state.metrics)
 
 
 def _answer(exchange: Exchange) -> None:
     try:
         route, groups = _find(exchange.handler.command, exchange.path)
+        exchange.measured.route = route.name
         if not route.is_open:
             check_key(exchange)
         route.answer(exchange, *groups)
@@ -189,6 +200,14 @@ def _echoed(exchange: Exchange, chat: Chat) -> str:
     return chat.model or str(exchange.cli_args.model)
 
 
+def _metrics(exchange: Exchange) -> None:
+    state = state_of(exchange.generator)
+    metrics = require(state.metrics)
+    num_waiting = exchange.generator.requests.qsize()
+    text = metrics.text(num_waiting, len(state.exchanges))
+    exchange.send_text(text, metrics.content_type)
+
+
 def _probe(exchange: Exchange) -> None:
     exchange.send_head(200)
 
@@ -255,6 +274,7 @@ ROUTES = (
     _route("POST", f"{_RESPONSE}/cancel", _responses_cancel),
     _route("HEAD", "/|/api/hello|/health", _probe, is_open=True),
     _route("GET", "/health", _upstream_get, is_open=True),
+    _route("GET", "/metrics", _metrics),
     _route("GET", "/v1/models(?:/.*)?", _upstream_get),
     _route("OPTIONS", r"/.*|\*", _upstream_options, is_open=True),
     _route("POST", "/v1/completions", _upstream_post),

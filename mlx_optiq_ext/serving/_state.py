@@ -8,6 +8,7 @@ from queue import Queue
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from ._metrics import Metrics, make_metrics
 from ._store import ResponseStore
 
 
@@ -18,10 +19,14 @@ class ServerState:
     Args:
         store: Responses that can be asked for again.
         waiting: The queues on which requests that are being served get their reply.
+        metrics: Counters of all requests, None where they cannot be had.
+        exchanges: Those for which something is being generated.
     """
 
     store: ResponseStore = field(default_factory=ResponseStore)
     waiting: WeakSet[Queue[Any]] = field(default_factory=WeakSet)
+    metrics: Metrics | None = field(default_factory=make_metrics)
+    exchanges: set[Any] = field(default_factory=set)
 
 
 _states: WeakKeyDictionary[Any, ServerState] = WeakKeyDictionary()

@@ -214,6 +214,29 @@ def test_a_stop_sequence_ends_a_sequence_inside_a_round(model: nn.Module) -> Non
         assert_same_cache(alone(model, 0, len(expected))[1], end.prompt_cache[:4])
 
 
+def test_accepted_tokens_after_a_stop_are_not_kept() -> None:
+    import mlx_lm
+    from mlx_lm.generate import StopSequences
+
+    model, tokenizer = mlx_lm.load(str(DEMO))
+    attach_mtp(model)
+    prime_with_calls(model)
+    prompt = mx.array(tokenizer.encode("def read(path):\n    with open("))
+    tokens = [token for token, _ in generate_step(prompt, model, max_tokens=40)]
+    for stop in tokens[1:7]:
+        num_tokens = tokens.index(stop) + 1
+        prompt_cache = make_prompt_cache(model)
+        steps = generate_step(
+            prompt, model, max_tokens=num_tokens, prompt_cache=prompt_cache
+        )
+        assert len(list(steps)) == num_tokens
+        batching = Batching(model, num_draft_tokens=3)
+        batching.add(prompt, 40, stop_sequences=StopSequences([[stop]]))
+        batching.finish()
+        found = batching.ends[0].prompt_cache[: len(prompt_cache)]
+        assert_same_cache(prompt_cache, found)
+
+
 def test_no_draft_tokens_means_plain_decoding(model: nn.Module) -> None:
     batching = Batching(model, num_draft_tokens=0)
     uid = batching.add(prompt_of(0), 20)

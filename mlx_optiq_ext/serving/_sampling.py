@@ -1,0 +1,87 @@
+"""The sampling that a served model recommends, for requests that do not say."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def note_given(arguments: Any, body: dict[str, Any], cli_args: Any) -> None:
+    """Remember with a request what it or the command line asks for.
+
+    Args:
+        arguments (GenerationArguments): Of the request.
+        body (dict): Of the request.
+        cli_args (Namespace): With the sampling flags that were given.
+    """
+    if getattr(cli_args, "recommended_sampling", False):
+        names = {name for name, value in body.items() if value is not None}
+        arguments.given = names | cli_args.given_sampling
+
+
+def recommend(arguments: Any, model: Any) -> None:
+    """Fill in what a model recommends where nobody asked for anything.
+
+    Args:
+        arguments (GenerationArguments): Of a request; changed in place.
+        model (nn.Module): That the request is for.
+    """
+    given: Collection[str] | None = getattr(arguments, "given", None)
+    source = getattr(model, "_mtp_source", None)
+    if given is None or source is None:
+        return
+    for name, value in read_recommended(Path(source)).items():
+        if name not in given:
+            owner = arguments.sampling if name in SAMPLING else arguments.logits
+            setattr(owner, name, value)
+
+
+@functools.cache
+def read_recommended(folder: Path) -> dict[str, float]:
+    """What a checkpoint's ``generation_config.json`` recommends, by field of a request.
+
+    Args:
+        folder (Path): Of the checkpoint.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+        return recommended_by(config)
+    except (ValueError, AttributeError) as exc:
+        logging.warning("No recommended sampling, %s is not readable: %s", path, exc)
+        return {}
+
+
+def recommended_by(config: dict[str, Any]) -> dict[str, float]:
+    """The fields of a request that a generation config has a usable value for."""
+    samples = config.get("do_sample")
+    names = PENALTIES if samples is False else SAMPLING + PENALTIES
+    found = {name: config[name] for name in names if _is_usable(name, config.get(name))}
+    if samples is False:
+        found["temperature"] = 0.0
+    elif samples:
+        # Transformers' own default.
+        found.setdefault("temperature", 1.0)
+    return found
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if name == "top_k":
+        return isinstance(value, int) and value >= 0
+    if name in ("top_p", "min_p"):
+        return 0 <= value <= 1
+    if name == "repetition_penalty":
+        # One of 1 changes nothing, though it is computed.
+        return value > 0 and value != 1
+    return name in PENALTIES or value >= 0
