@@ -36,6 +36,10 @@ class PrimingMixin(MTPMixin):
             )
             kv_cache, arrays = own
             _prime(self, kv_cache, arrays, embeddings, states)
+            # Nothing else asks for what the head keeps: without this, a batch that
+            # decodes for long would put all of it off to its end.
+            if kv_cache.keys is not None:
+                states = mx.depends(states, [kv_cache.keys, kv_cache.values])
         return self.project(states)
 
 
