@@ -66,13 +66,7 @@ class MTPSession:
     ) -> None:
         if embeddings is None:
             embeddings = self._model.embed(tokens)
-        earlier = states[:, :-1]
-        if self._arrays[STATE] is not None:
-            earlier = mx.concatenate([self._arrays[STATE], earlier], axis=1)
-        num_pairs = earlier.shape[1]
-        if num_pairs:
-            self._see(embeddings[None, -num_pairs:], earlier)
-        self._arrays[STATE] = states[:, -1:]
+        show(self._model, self._kv_cache, self._arrays, embeddings[None], states)
 
     def draft(
         self,
@@ -99,6 +93,30 @@ class MTPSession:
 
     def _see(self, embeddings: mx.array, states: mx.array) -> mx.array:
         return self._model.mtp(embeddings, states, cache=self._kv_cache)
+
+
+def show(
+    model: MTPMixin,
+    kv_cache: KVCache,
+    arrays: ArraysCache,
+    embeddings: mx.array,
+    states: mx.array,
+) -> None:
+    """Show the head of a model tokens that the target has processed.
+
+    Args:
+        model (MTPMixin): With its head.
+        kv_cache (KVCache): The head's.
+        arrays (ArraysCache): With the state before the first of the tokens, or none.
+        embeddings (mx.array): Of the tokens, ``[1, num_tokens, hidden]``.
+        states (mx.array): What the target made of them, of the same shape.
+    """
+    before = states[:, :-1]
+    if arrays[STATE] is not None:
+        before = mx.concatenate([arrays[STATE], before], axis=1)
+    if num_pairs := before.shape[1]:
+        model.mtp(embeddings[:, -num_pairs:], before, cache=kv_cache)
+    arrays[STATE] = states[:, -1:]
 
 
 def _is_usable(entries: list[Any], num_tokens: int) -> bool:

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from ..mixins._swap import add_mixin
 from ..mixins.qwen3_5 import MTPMixin
-from ._mtp import NUM_TOKENS, STATE
+from ._mtp import NUM_TOKENS, STATE, show
 
 
 class PrimingMixin(MTPMixin):
@@ -88,11 +88,6 @@ def _prime_one(
     embeddings: mx.array,
     states: mx.array,
 ) -> None:
-    num_tokens, before = arrays[NUM_TOKENS], states[:, :-1]
-    if arrays[STATE] is not None:
-        before = mx.concatenate([arrays[STATE], before], axis=1)
-    if num_pairs := before.shape[1]:
-        model.mtp(embeddings[:, -num_pairs:], before, cache=kv_cache)
-    arrays[STATE] = states[:, -1:]
-    num_rows = mx.array([[states.shape[1]]])
+    show(model, kv_cache, arrays, embeddings, states)
+    num_rows, num_tokens = mx.array([[states.shape[1]]]), arrays[NUM_TOKENS]
     arrays[NUM_TOKENS] = num_rows if num_tokens is None else num_tokens + num_rows
