@@ -267,6 +267,49 @@ def test_penalties_shape_the_distribution_of_drafted_and_bonus_tokens() -> None:
         assert p_value(tokens, expected) > TOLERATED_P_VALUE
 
 
+@pytest.mark.parametrize("with_draft", [True, False], ids=["drafted", "bonus"])
+@pytest.mark.parametrize("name", ["xtc", "xtc and top-k"])
+def test_many_tokens_have_the_distribution_that_the_coin_of_xtc_leaves(
+    name: str, with_draft: bool
+) -> None:
+    settings, num_rows = SETTINGS[name], 50
+    rule, chance = rule_for(make_sampler(**settings)), settings["xtc_probability"]
+    drawn: dict[float, list[mx.array]] = {0.0: [], 1.0: []}
+    for seed in range(0, 2 * NUM_DRAWS // num_rows, 2):
+        mx.random.seed(seed)
+        draft = rule.propose(rows(DRAFTER, num_rows)) if with_draft else None
+        # The first number that judging draws is the coin, one for all rows of a call.
+        mx.random.seed(seed + 1)
+        coin = float(mx.random.uniform(0, 1).item() <= chance)
+        mx.random.seed(seed + 1)
+        drawn[coin].append(rule.judge(rows(TARGET, num_rows), draft)[0])
+    for coin, tokens in drawn.items():
+        expected = exact(TARGET, {**settings, "xtc_probability": coin})
+        assert p_value(mx.concatenate(tokens), expected) > TOLERATED_P_VALUE
+    num_calls = NUM_DRAWS // num_rows
+    assert abs(len(drawn[1.0]) / num_calls - chance) < 4 * (0.25 / num_calls) ** 0.5
+
+
+@pytest.mark.parametrize("with_draft", [True, False], ids=["drafted", "bonus"])
+@pytest.mark.parametrize("history", [[1, 5, 5, 7], [1, 5, 5, 7, 3]])
+def test_many_tokens_have_the_distribution_that_penalties_leave(
+    history: list[int], with_draft: bool
+) -> None:
+    mx.random.seed(25)
+    settings = {"temp": 1.0, "top_p": 0.95}
+    verifier = Verifier(
+        make_sampler(**settings),
+        make_logits_processors({2: 1.5}, 1.6, 20, 0.7, 20, 0.4, 20),
+    )
+    target, drafter = (
+        logprobs_of(logits + 0, mx.array(history), verifier.processors)
+        for logits in (TARGET, DRAFTER)
+    )
+    draft = verifier.rule.propose(rows(drafter, NUM_DRAWS)) if with_draft else None
+    tokens, _ = verifier.rule.judge(rows(target, NUM_DRAWS), draft)
+    assert p_value(tokens, exact(target, settings)) > TOLERATED_P_VALUE
+
+
 def test_the_rule_follows_from_the_sampler() -> None:
     assert isinstance(rule_for(None), Greedy)
     assert isinstance(rule_for(make_sampler(temp=0.0)), Greedy)
