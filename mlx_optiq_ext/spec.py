@@ -32,7 +32,7 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ._checkpoints import Source
-from ._options import check_num_draft_tokens
+from ._options import NumDraftTokens, check_num_draft_tokens
 from .decoding import SpeculationStats, spec_generate_step
 from .drafters import Drafter, GemmaAssistantDrafter, Unbound, as_drafter
 
@@ -50,10 +50,10 @@ class SpecConfig:
     """How to generate.
 
     Args:
-        gamma (int, optional): The same as ``num_draft_tokens``.
+        gamma (int or str, optional): The same as ``num_draft_tokens``.
         max_tokens (int): The most tokens to generate, -1 for no limit.
-        num_draft_tokens (int, optional): Tokens to draft in a round, 1 to 8. Default:
-            ``1``.
+        num_draft_tokens (int or str, optional): Tokens to draft in a round, 1 to 8, or
+            ``"auto"``. Default: ``1``, as published.
 
         The other arguments are those of mlx-lm's ``generate_step``.
 
@@ -61,9 +61,9 @@ class SpecConfig:
         ValueError: If an argument is not what it should be.
     """
 
-    gamma: int | None = None
+    gamma: NumDraftTokens | None = None
     max_tokens: int = 256
-    num_draft_tokens: int | None = None
+    num_draft_tokens: NumDraftTokens | None = None
     sampler: Sampler | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     prompt_cache: list[Any] | None = None

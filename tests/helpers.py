@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +15,7 @@ from mlx_lm.models.cache import CacheList, RotatingKVCache
 from mlx_lm.utils import load_model
 
 import mlx_optiq_ext
+from mlx_optiq_ext.decoding import _step
 from mlx_optiq_ext.drafters import Proposal
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -87,6 +90,30 @@ class ScriptedSession:
 
     def close(self, num_tokens: int, last_state: Any) -> None:
         pass
+
+
+class ChangingDepth:
+    """Parks and drafts by turns, without looking at the time."""
+
+    def __init__(self, pattern: Sequence[int]):
+        self.depths = itertools.cycle(pattern)
+
+    def choose(self) -> int:
+        return next(self.depths)
+
+    def observe(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+CHANGING = (0, 0, 1, 2, 0, 3, 0, 0, 0, 4, 1, 0, 1, 1)
+PARKED_THEN_NOT = (*[0] * 70, 2)
+
+
+def changing_depth(pattern: Sequence[int] = CHANGING) -> Any:
+    """What ``num_draft_tokens="auto"`` means, until the end of the context."""
+    return mock.patch.object(
+        _step, "make_depth", side_effect=lambda *_: ChangingDepth(pattern)
+    )
 
 
 def often_right(position: int) -> bool:

@@ -35,10 +35,12 @@ class AcceptanceRule(Protocol):
 
     is_stepwise: bool
 
-    def propose(self, logprobs: mx.array) -> DraftToken: ...
+    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
+        """A draft for the token that ``index`` tokens were generated before."""
+        ...
 
     def judge(
-        self, logprobs: mx.array, draft: DraftToken | None
+        self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
     ) -> tuple[mx.array, mx.array]:
         """The token of a row, shape ``[1]``, and whether it is the draft token."""
         ...
@@ -49,11 +51,11 @@ class Greedy:
 
     is_stepwise = False
 
-    def propose(self, logprobs: mx.array) -> DraftToken:
+    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
         return DraftToken(sample_utils.greedy_sampler(logprobs))
 
     def judge(
-        self, logprobs: mx.array, draft: DraftToken | None
+        self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
     ) -> tuple[mx.array, mx.array]:
         return _match(sample_utils.greedy_sampler(logprobs), draft)
 
@@ -70,11 +72,11 @@ class ExactMatch:
     def __init__(self, sampler: Sampler):
         self._sampler = sampler
 
-    def propose(self, logprobs: mx.array) -> DraftToken:
+    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
         return DraftToken(sample_utils.greedy_sampler(logprobs))
 
     def judge(
-        self, logprobs: mx.array, draft: DraftToken | None
+        self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
     ) -> tuple[mx.array, mx.array]:
         return _match(self._sampler(logprobs), draft)
 
@@ -94,12 +96,12 @@ class SpeculativeSampling:
         self._filters = filters
         self._inverse_temperature = 1.0 / temperature
 
-    def propose(self, logprobs: mx.array) -> DraftToken:
+    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
         scaled = self._scale(logprobs)
         return DraftToken(mx.random.categorical(scaled), _probs(scaled))
 
     def judge(
-        self, logprobs: mx.array, draft: DraftToken | None
+        self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
     ) -> tuple[mx.array, mx.array]:
         scaled = self._scale(logprobs)
         if draft is None or draft.probs is None:
@@ -120,6 +122,36 @@ class SpeculativeSampling:
         return logprobs * self._inverse_temperature
 
 
+class SharedNoise(SpeculativeSampling):
+    """Draw drafts and the target's tokens with the same noise, and keep equal ones.
+
+    The noise of a token depends on nothing but a seed and the number of tokens before
+    it. So does the text, then: whatever is drafted, and how often, it is the same.
+
+    Source: Daliri et al. 2024 (arXiv 2408.07978), drafter-invariant speculation; the
+    maximum of log probabilities with Gumbel noise has their distribution.
+    """
+
+    def __init__(self, filters: list[Sampler], temperature: float):
+        super().__init__(filters, temperature)
+        high, low = mx.random.randint(0, 1 << 31, (2,), mx.uint32).tolist()
+        self._seed = high << 31 | low
+
+    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
+        return DraftToken(self._draw(logprobs, index))
+
+    def judge(
+        self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
+    ) -> tuple[mx.array, mx.array]:
+        return _match(self._draw(logprobs, index), draft)
+
+    def _draw(self, logprobs: mx.array, index: int = 0) -> mx.array:
+        key = mx.random.key(self._seed + index)
+        return mx.argmax(
+            self._scale(logprobs) + mx.random.gumbel(logprobs.shape, key=key), axis=-1
+        )
+
+
 def _probs(scaled_logprobs: mx.array) -> mx.array:
     return mx.softmax(scaled_logprobs.astype(mx.float32), axis=-1)
 
@@ -128,14 +160,25 @@ def _match(token: mx.array, draft: DraftToken | None) -> tuple[mx.array, mx.arra
     return token, mx.array([False]) if draft is None else token == draft.token
 
 
-def rule_for(sampler: Sampler | None) -> AcceptanceRule:
-    """The rule with the highest acceptance that is exact for a sampler."""
+def rule_for(sampler: Sampler | None, is_timed: bool = False) -> AcceptanceRule:
+    """The rule with the highest acceptance that is exact for a sampler.
+
+    Args:
+        sampler (Sampler, optional): As in mlx-lm's ``generate_step``.
+        is_timed (bool): Whether the number of drafts depends on the time that they
+          take. Then the random numbers used for a token must not depend on it.
+    """
     if sampler is None or sampler is sample_utils.greedy_sampler:
         return Greedy()
     settings = _make_sampler_settings(sampler)
-    if settings is None:
+    if settings is None or (is_timed and any(map(_draws, settings[0]))):
         return ExactMatch(sampler)
-    return SpeculativeSampling(*settings)
+    return (SharedNoise if is_timed else SpeculativeSampling)(*settings)
+
+
+def _draws(apply_filter: Sampler) -> bool:
+    """Whether a filter of mlx-lm's draws random numbers of its own."""
+    return "xtc_probability" in inspect.getclosurevars(apply_filter).nonlocals
 
 
 def _make_sampler_settings(sampler: Sampler) -> tuple[list[Sampler], float] | None:

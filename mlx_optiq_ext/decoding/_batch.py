@@ -20,8 +20,10 @@ from mlx_lm.generate import (
 )
 from mlx_lm.sample_utils import Sampler
 
+from .._options import NumDraftTokens
 from ..drafters import Drafter
 from ._decoder import Decoder, Token
+from ._depth import make_depth
 from ._rows import Verifier
 from ._statistics import SpeculationStats
 from ._target import CacheOptions, Target
@@ -34,11 +36,12 @@ class SequenceOptions:
     """How one sequence of a batch is to be decoded.
 
     Args:
-        num_draft_tokens (int): Tokens to draft in a round; 0 for none.
+        num_draft_tokens (int or str): Tokens to draft in a round, 0 for none, or
+          ``"auto"``.
         stats (SpeculationStats): Counts what happens.
     """
 
-    num_draft_tokens: int
+    num_draft_tokens: NumDraftTokens
     stats: SpeculationStats
 
 
@@ -138,8 +141,12 @@ class SpeculativeBatch(GenerationBatch):
                 CACHE_OPTIONS,
             ),
             self._drafter,
-            Verifier(self.samplers[0] or self.fallback_sampler, processors),
-            options.num_draft_tokens,
+            Verifier(
+                self.samplers[0] or self.fallback_sampler,
+                processors,
+                options.num_draft_tokens == "auto",
+            ),
+            make_depth(options.num_draft_tokens, self.model),
             self.max_tokens[0] - self._num_tokens[0] - 1,
             options.stats,
             mx.array(self.tokens[0]) if processors else None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Generator, Iterator
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_PREFILL_STEP_SIZE
 
 from ..drafters import Drafter
+from ._depth import Depth
 from ._round import Round
 from ._rows import Proposal, Verifier
 from ._statistics import SpeculationStats
@@ -27,7 +29,7 @@ class Decoder:
         target (Target): The target with its cache.
         drafter (Drafter): What proposes tokens.
         verifier (Verifier): How tokens are drawn.
-        num_draft_tokens (int): Tokens to draft in a round.
+        depth (Depth): Decides how many tokens to draft in a round.
         max_tokens (int): Tokens to emit; no limit if negative.
         stats (SpeculationStats): Counts what happens.
         history (mx.array, optional): Tokens before the prompt that logits processors
@@ -35,7 +37,8 @@ class Decoder:
 
     ``_current`` is the round whose tokens are being yielded, ``_num_yielded`` how many
     of them were, ``_ahead`` the round that is already under way, and ``_num_tokens``
-    how many tokens the target's cache held before the current round.
+    how many tokens the target's cache held before the current round. ``_num_remaining``
+    and ``_num_launched`` count tokens to the end of the round that is ahead.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Decoder:
         target: Target,
         drafter: Drafter,
         verifier: Verifier,
-        num_draft_tokens: int,
+        depth: Depth,
         max_tokens: int,
         stats: SpeculationStats,
         history: mx.array | None = None,
@@ -52,13 +55,14 @@ class Decoder:
         self._num_tokens = target.num_tokens
         self._session = drafter.open(target.cache, target.num_entries, self._num_tokens)
         self._verifier = verifier
-        self._num_draft_tokens = num_draft_tokens
+        self._depth = depth
         self._num_remaining = math.inf if max_tokens < 0 else max_tokens
         self._stats = stats
         self._history = history
         self._current: Round | None = None
         self._ahead: Round | None = None
-        self._num_yielded = 0
+        self._num_yielded = self._num_launched = 0
+        self._last_collected: float | None = None
 
     def rounds(
         self,
@@ -82,10 +86,14 @@ class Decoder:
             first = self._first_round(
                 prompt[rest], None if embeddings is None else embeddings[rest]
             )
-            first.collect()
-            callback(num_prompt_tokens, num_prompt_tokens)
-            if self._num_remaining:
-                yield from self._rounds(first)
+            if not self._num_remaining:
+                first.collect()
+                callback(num_prompt_tokens, num_prompt_tokens)
+                return
+            for current in self._rounds(first):
+                if current is first:
+                    callback(num_prompt_tokens, num_prompt_tokens)
+                yield current
         finally:
             self._settle()
 
@@ -127,7 +135,7 @@ class Decoder:
             mx.clear_cache()
 
     def _first_round(self, prompt: mx.array, embeddings: mx.array | None) -> Round:
-        proposal = Proposal(self._verifier, self._history)
+        proposal = Proposal(self._verifier, self._history, 0)
         first = Round(self._target, self._verifier, proposal)
         states = first.run(prompt, embeddings)
         self._current = first
@@ -137,32 +145,51 @@ class Decoder:
 
     def _rounds(self, current: Round) -> Iterator[Round]:
         while True:
+            # Without drafts it is known how many tokens there will be, and the next
+            # round need not wait for them, as in plain decoding.
+            following = self._launch(current) if current.is_certain else None
+            self._collect(current)
             self._stats.add_round(current.num_drafted)
-            self._num_remaining -= len(current.emitted)
-            if current.error is None:
+            if following is None and current.error is None:
                 following = self._launch(current)
             yield current
             if current.error is not None:
                 raise current.error
-            if not self._num_remaining:
+            if not self._num_remaining or following is None:
                 return
             self._num_tokens += len(current.emitted)
             self._current, self._ahead, self._num_yielded = following, None, 0
             current = following
-            current.collect()
+
+    def _collect(self, current: Round) -> None:
+        current.collect()
+        now = time.perf_counter()
+        if self._last_collected is not None:
+            self._depth.observe(
+                current.num_drafted,
+                current.num_accepted,
+                now - self._last_collected,
+                # A parked round that had to wait for the one before it is slower.
+                is_typical=current.num_drafted > 0 or current.is_early,
+            )
+        self._last_collected = now
 
     def _launch(self, current: Round) -> Round:
-        """Start the next round from what the current one emitted."""
-        num_emitted = len(current.emitted)
-        current.transaction.keep(num_emitted)
+        """Start the next round from what the current one emits."""
+        tokens = current.tokens
+        self._num_remaining -= tokens.size
+        self._num_launched += tokens.size
+        current.transaction.keep(tokens.size)
         self._target.quantize()
-        tokens = mx.array(current.emitted, mx.uint32)
         self._remember(tokens)
-        proposal = Proposal(self._verifier, self._history)
-        states = current.states[:, :num_emitted]
+        proposal = Proposal(self._verifier, self._history, self._num_launched)
+        states = current.states[:, : tokens.size]
         self._session.draft(tokens, states, self._num_drafts(), proposal)
         mx.async_eval(proposal.tokens)
-        self._ahead = following = Round(self._target, self._verifier, proposal)
+        following = Round(
+            self._target, self._verifier, proposal, is_early=not current.is_collected
+        )
+        self._ahead = following
         following.run(mx.concatenate([tokens[-1:], *proposal.tokens]))
         following.dispatch(is_read=self._num_remaining > 0)
         return following
@@ -170,7 +197,7 @@ class Decoder:
     def _num_drafts(self) -> int:
         """Draft tokens of the next round, which also emits one of the target's own."""
         num_rows = min(self._num_remaining, self._target.max_rows)
-        return int(max(min(self._num_draft_tokens, num_rows - 1), 0))
+        return int(max(min(self._depth.choose(), num_rows - 1), 0))
 
     def _settle(self) -> None:
         """Bring every cache to hold the prompt and the tokens yielded, no more."""
@@ -185,7 +212,7 @@ class Decoder:
     def _settle_rounds(self, current: Round, num_yielded: int) -> mx.array:
         """Undo the rows behind the last token yielded and return its state."""
         if self._ahead is not None:
-            if num_yielded == len(current.emitted):
+            if num_yielded == current.tokens.size:
                 self._ahead.transaction.keep(1)
                 return self._ahead.states[:, :1]
             self._ahead.transaction.keep(0)

@@ -14,15 +14,29 @@ class Round:
     """A pass of the target over the last emitted token and the draft tokens after it.
 
     ``run`` and ``dispatch`` only build and start the work, ``collect`` waits for it and
-    sets ``emitted``, ``logprobs``, ``num_accepted`` and, if a sampler or a logits
-    processor of the user's raised after the first row, ``error``.
+    sets ``emitted``, ``logprobs`` and ``num_accepted``. If a sampler or a logits
+    processor of the user's raised, ``error`` has it, and ``emitted`` what came before.
+
+    Args:
+        target (Target): The target with its cache.
+        verifier (Verifier): How tokens are drawn.
+        proposal (Proposal): The draft tokens.
+        is_early (bool): Whether the round before is still under way.
     """
 
-    def __init__(self, target: Target, verifier: Verifier, proposal: Proposal):
+    def __init__(
+        self,
+        target: Target,
+        verifier: Verifier,
+        proposal: Proposal,
+        is_early: bool = False,
+    ):
         self._target = target
         self._verifier = verifier
         self._proposal = proposal
         self._rows: list[Row] = []
+        self.is_early = is_early
+        self.is_collected = False
         self.transaction = target.transaction()
         self.emitted: list[int] = []
         self.num_accepted = 0
@@ -31,6 +45,18 @@ class Round:
     @property
     def num_drafted(self) -> int:
         return len(self._proposal.drafts)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the number of tokens is known before they are: there is one."""
+        return self.num_drafted == 0 and self.error is None
+
+    @property
+    def tokens(self) -> mx.array:
+        """The tokens that are emitted, ``[num_tokens]``, also before they are known."""
+        if self.is_certain:
+            return self._rows[0].token.astype(mx.uint32)
+        return mx.array(self.emitted, mx.uint32)
 
     @property
     def logprobs(self) -> list[mx.array]:
@@ -49,10 +75,15 @@ class Round:
             mx.async_eval(self.states)
             return
         self._logits = self._target.project(self.states)
-        if self._verifier.is_stepwise:
+        self._must_walk = self._verifier.is_stepwise and self.num_drafted > 0
+        if self._must_walk:
             mx.async_eval(self._logits, self.states)
             return
-        self._rows = list(self._verifier.rows(self._logits, self._proposal))
+        try:
+            self._rows = list(self._verifier.rows(self._logits, self._proposal))
+        except Exception as error:
+            self.error = error
+            return
         self._packed = mx.concatenate(
             [row.token for row in self._rows] + [_num_accepted(self._rows)]
         )
@@ -62,11 +93,12 @@ class Round:
         """Wait for the round."""
         if not self._is_read:
             mx.eval(self.states)
-        elif self._verifier.is_stepwise:
+        elif self._must_walk:
             self._walk()
-        else:
+        elif self.error is None:
             *tokens, self.num_accepted = self._packed.tolist()
             self.emitted = tokens[: self.num_accepted + 1]
+        self.is_collected = True
 
     def _walk(self) -> None:
         """Judge row after row, none before its draft token is known to be accepted."""

@@ -31,14 +31,17 @@ class Verifier:
     Args:
         sampler (Sampler, optional): As in mlx-lm's ``generate_step``.
         processors (Sequence[LogitsProcessor], optional): Likewise.
+        is_timed (bool): Whether the number of drafts depends on the time that they
+          take, which must not be seen in the tokens.
     """
 
     def __init__(
         self,
         sampler: Sampler | None = None,
         processors: Sequence[LogitsProcessor] | None = None,
+        is_timed: bool = False,
     ):
-        self.rule = rule_for(sampler)
+        self.rule = rule_for(sampler, is_timed)
         self.processors = list(processors or [])
         self.draft_processors = [p for p in self.processors if is_pure(p)]
         self.is_stepwise = self.rule.is_stepwise or (
@@ -52,7 +55,7 @@ class Verifier:
                 logits[:, row, :], proposal.histories[row], self.processors
             )
             draft = proposal.drafts[row] if row < len(proposal.drafts) else None
-            token, is_accepted = self.rule.judge(logprobs, draft)
+            token, is_accepted = self.rule.judge(logprobs, draft, proposal.index + row)
             yield Row(token, is_accepted, logprobs.squeeze(0))
 
 
@@ -63,10 +66,12 @@ class Proposal:
         verifier (Verifier): Whose processors and rule the drafts follow.
         history (mx.array, optional): Tokens up to and including the first one that the
           round feeds to the target, ``[num_tokens]``.
+        index (int): Tokens generated before the first one of the round.
     """
 
-    def __init__(self, verifier: Verifier, history: mx.array | None):
+    def __init__(self, verifier: Verifier, history: mx.array | None, index: int = 0):
         self._verifier = verifier
+        self.index = index
         self.drafts: list[DraftToken] = []
         self.histories = [history]
 
@@ -77,7 +82,8 @@ class Proposal:
     def add(self, logits: mx.array) -> None:
         history = self.histories[-1]
         logprobs = logprobs_of(logits, history, self._verifier.draft_processors)
-        draft = self._verifier.rule.propose(logprobs)
+        index = self.index + len(self.drafts)
+        draft = self._verifier.rule.propose(logprobs, index)
         self.drafts.append(draft)
         if history is not None:
             history = mx.concatenate([history, draft.token])

@@ -16,6 +16,8 @@ class SpeculationStats:
         num_tokens (int): Tokens emitted.
         num_target_calls (int): Forward passes of the target that emitted tokens.
         num_rounds (int): Rounds.
+        num_calls_per_depth (list[int]): Forward passes by the number of draft tokens in
+          them: none, one and so on.
         num_drafted_per_position (list[int]): Draft tokens verified, by position.
         num_accepted_per_position (list[int]): Draft tokens emitted, by position.
     """
@@ -23,12 +25,17 @@ class SpeculationStats:
     num_tokens: int = 0
     num_target_calls: int = 0
     num_rounds: int = 0
+    num_calls_per_depth: list[int] = field(default_factory=list)
     num_drafted_per_position: list[int] = field(default_factory=list)
     num_accepted_per_position: list[int] = field(default_factory=list)
 
     def add_round(self, num_drafted: int) -> None:
         self.num_target_calls += 1
         self.num_rounds += num_drafted > 0
+        self.num_calls_per_depth += [0] * (
+            num_drafted + 1 - len(self.num_calls_per_depth)
+        )
+        self.num_calls_per_depth[num_drafted] += 1
         missing = num_drafted - len(self.num_drafted_per_position)
         self.num_drafted_per_position += [0] * missing
         self.num_accepted_per_position += [0] * missing
@@ -67,8 +74,9 @@ class SpeculationStats:
         return 1 + self.num_accepted / max(self.num_rounds, 1)
 
     def __str__(self) -> str:
+        calls = ", ".join(map(str, self.num_calls_per_depth))
         return (
-            f"{self.num_rounds} rounds, "
+            f"{self.num_rounds} rounds, calls by depth {calls}, "
             f"{self.mean_accepted_length:.3f} tokens-per-round, "
             f"{self.num_accepted} of {self.num_drafted} draft tokens accepted "
             f"({self.acceptance_rate:.1%})"

@@ -23,9 +23,10 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.utils import does_model_support_input_embeddings
 
-from .._options import check_num_draft_tokens
+from .._options import NumDraftTokens, check_num_draft_tokens
 from ..drafters import Drafter, as_drafter
 from ._decoder import Decoder, ProgressCallback, Token
+from ._depth import make_depth
 from ._rows import Verifier
 from ._statistics import SpeculationStats
 from ._target import CacheOptions, Target
@@ -37,7 +38,7 @@ def spec_generate_step(
     stream: mx.Stream | mx.ThreadLocalStream = generation_stream,
     *,
     drafter: Drafter | nn.Module | None = None,
-    num_draft_tokens: int = 1,
+    num_draft_tokens: NumDraftTokens = "auto",
     stats: SpeculationStats | None = None,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
@@ -59,7 +60,9 @@ def spec_generate_step(
         stream: The stream to run on.
         drafter (Drafter or nn.Module, optional): What proposes tokens; a model is used
           as an ordinary draft model. Default: the target's own MTP head.
-        num_draft_tokens (int): Tokens to draft in a round, 1 to 8. Default: ``1``.
+        num_draft_tokens (int or str): Tokens to draft in a round, 1 to 8, or ``"auto"``
+          for the number, 0 included, that is measured to be the fastest. Default:
+          ``"auto"``.
         stats (SpeculationStats, optional): Counts what happens.
 
         The other arguments are those of ``generate_step``. The drafter's own entries
@@ -83,8 +86,8 @@ def spec_generate_step(
         decoder = Decoder(
             Target(model, drafter.reads_hidden_states, prompt_cache, options),
             drafter,
-            Verifier(sampler, logits_processors),
-            num_draft_tokens,
+            Verifier(sampler, logits_processors, num_draft_tokens == "auto"),
+            make_depth(num_draft_tokens, model),
             max_tokens,
             SpeculationStats() if stats is None else stats,
         )

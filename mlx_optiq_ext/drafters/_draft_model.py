@@ -16,6 +16,8 @@ from .._errors import SpeculationError
 from ..rollback import Tape, Transaction, can_tape
 from ._protocol import Proposal
 
+MAX_PUT_OFF = 64  # tokens that the model is shown together, while nothing is drafted
+
 
 class DraftModelDrafter:
     """Drafts with a model that has the target's tokenizer.
@@ -49,7 +51,11 @@ class DraftModelDrafter:
 
 
 class DraftModelSession:
-    """The draft model at work on one sequence."""
+    """The draft model at work on one sequence.
+
+    ``_put_off`` are tokens that nothing was to be drafted after: the model is shown
+    them when it is needed.
+    """
 
     def __init__(self, model: nn.Module, entries: list[Any], num_tokens: int):
         self._model = model
@@ -58,6 +64,7 @@ class DraftModelSession:
         self._can_tape = can_tape(model)
         self._last_seen = Transaction(entries)
         self._num_last_seen = 0
+        self._put_off = mx.zeros(0, mx.uint32)
 
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
@@ -74,7 +81,14 @@ class DraftModelSession:
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
-        logits = self._see(tokens)
+        self._num_tokens += tokens.size
+        self._put_off = mx.concatenate([self._put_off, tokens])
+        if num_draft_tokens == 0 and self._put_off.size < MAX_PUT_OFF:
+            return
+        logits = self._see(self._put_off)
+        self._put_off = self._put_off[:0]
+        if num_draft_tokens == 0:
+            mx.async_eval([entry.state for entry in self._entries])
         chain = Transaction(self._entries)
         for position in range(num_draft_tokens):
             if position:
@@ -84,13 +98,16 @@ class DraftModelSession:
             chain.keep(0)
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
-        num_extra = self._num_tokens - num_tokens
-        if num_extra > 0:
+        num_extra = max(self._num_tokens - num_tokens, 0)
+        # What was put off includes the latest tokens, or is empty.
+        if num_put_off := self._put_off.size:
+            if num_put_off > num_extra:
+                self._forward(self._put_off[: num_put_off - num_extra])
+        elif num_extra:
             self._last_seen.keep(self._num_last_seen - num_extra)
 
     def _see(self, tokens: mx.array) -> mx.array:
         self._num_last_seen = tokens.size
-        self._num_tokens += tokens.size
         self._last_seen = Transaction(self._entries, Tape() if self._can_tape else None)
         return self._last_seen.run(
             lambda num_rows: self._forward(tokens[:num_rows]), tokens.size

@@ -20,6 +20,7 @@ from ..mixins.qwen3_5 import MTPMixin
 from ._protocol import Proposal
 
 STATE, NUM_TOKENS = 0, 1  # slots of the ArraysCache
+MAX_PUT_OFF = 64  # tokens that the head is shown together, while nothing is drafted
 
 
 class MTPDrafter:
@@ -49,7 +50,11 @@ class MTPDrafter:
 
 
 class MTPSession:
-    """The head at work on one sequence."""
+    """The head at work on one sequence.
+
+    ``_put_off`` are tokens that nothing was to be drafted after, with their states: the
+    head is shown them all at once when it is needed.
+    """
 
     def __init__(
         self, model: MTPMixin, kv_cache: KVCache, arrays: ArraysCache, num_tokens: int
@@ -60,6 +65,7 @@ class MTPSession:
         # Tokens before the head's first pair: a cache filled without the head.
         is_fresh = arrays[STATE] is None
         self._num_unseen = num_tokens - (0 if is_fresh else kv_cache.offset + 1)
+        self._put_off: list[tuple[mx.array, mx.array]] = []
 
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
@@ -75,21 +81,38 @@ class MTPSession:
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
+        if num_draft_tokens == 0:
+            self._put_off.append((tokens, states))
+            if len(self._put_off) == MAX_PUT_OFF:
+                self._catch_up()
+                mx.async_eval(self._kv_cache.state)
+            return
+        self._catch_up()
         hidden = self._see(self._model.embed(tokens)[None], states)[:, -1:]
         for position in range(num_draft_tokens):
             if position:
                 embeddings = self._model.embed(proposal.tokens[-1])[None]
                 hidden = self._see(embeddings, hidden)
             proposal.add(self._model.project(hidden)[:, -1])
-        self._kv_cache.trim(max(num_draft_tokens - 1, 0))
+        self._kv_cache.trim(num_draft_tokens - 1)
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
+        self._catch_up()
         num_pairs = max(num_tokens - 1 - self._num_unseen, 0)
         self._kv_cache.trim(max(self._kv_cache.offset - num_pairs, 0))
         if last_state is not None:
             self._arrays[STATE] = last_state
         if self._arrays[STATE] is not None:
             self._arrays[NUM_TOKENS] = mx.array([[num_tokens]])
+
+    def _catch_up(self) -> None:
+        if not self._put_off:
+            return
+        tokens, states = zip(*self._put_off, strict=True)
+        self._put_off.clear()
+        embeddings = self._model.embed(mx.concatenate(tokens))[None]
+        # Only keys and values of the head are ever computed here.
+        self._see(embeddings, mx.concatenate(states, axis=1))
 
     def _see(self, embeddings: mx.array, states: mx.array) -> mx.array:
         return self._model.mtp(embeddings, states, cache=self._kv_cache)

@@ -55,7 +55,8 @@ class DraftSession(Protocol):
               ``[num_tokens]``. The target has not processed the last one.
             states (mx.array): The target's states that predicted them,
               ``[1, num_tokens, hidden]``.
-            num_draft_tokens (int): How many tokens to add, 0 included.
+            num_draft_tokens (int): How many tokens to add. With 0 a session may put
+              off what seeing the tokens takes.
             proposal (Proposal): Turns logits into draft tokens.
         """
         ...

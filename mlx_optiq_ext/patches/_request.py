@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from .._options import NumDraftTokens
+
 DRAFT_MODEL_POSITION = 4  # of stream_generate's positional arguments
 
 
@@ -21,7 +23,7 @@ class CommandLineRequest:
 
     mtp: str | bool | None = None
     draft: Any = None
-    num_draft_tokens: int | None = None
+    num_draft_tokens: NumDraftTokens | None = None
     stats: Any = None
 
     @property

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from .._options import check_num_draft_tokens
+from .._options import NumDraftTokens, check_num_draft_tokens
 from ..decoding import SpeculationStats, spec_generate_step
 from ..decoding._decoder import Token
 from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter
@@ -32,14 +32,15 @@ class Speculation:
 
     Args:
         drafter (Drafter): What proposes tokens.
-        num_draft_tokens (int, optional): Default: that of ``spec_generate_step``.
+        num_draft_tokens (int or str, optional): Default: that of
+          ``spec_generate_step``.
         stats (SpeculationStats, optional): Counts what happens.
     """
 
     def __init__(
         self,
         drafter: Drafter,
-        num_draft_tokens: int | None = None,
+        num_draft_tokens: NumDraftTokens | None = None,
         stats: SpeculationStats | None = None,
     ):
         self._settings: dict[str, Any] = {"drafter": drafter}

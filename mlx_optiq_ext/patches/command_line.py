@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from .._errors import SpeculationError
-from .._options import check_num_draft_tokens
+from .._options import NumDraftTokens, check_num_draft_tokens
 from ._request import CommandLineRequest, command_line
 
 MTP_HELP = (
@@ -19,8 +19,9 @@ DRAFT_HELP = (
     "itself, or a smaller model with the same tokenizer. PATH is a folder or a Hub id."
 )
 NUM_DRAFT_TOKENS_HELP = (
-    "Number of tokens to draft when using speculative decoding (default with --mtp and "
-    "--draft: 1)."
+    "Number of tokens to draft when using speculative decoding, or with --mtp and "
+    "--draft 'auto', their default: the number, 0 included, that is measured to be "
+    "fastest."
 )
 # Of what it takes, only an ordinary draft model keeps anything of a prompt.
 WITHOUT_DRAFT = "mlx_lm.cache_prompt"
@@ -29,7 +30,7 @@ WITHOUT_DRAFT = "mlx_lm.cache_prompt"
 class SpeculationParser(argparse.ArgumentParser):
     """Checks the flags for speculation and remembers what they ask for."""
 
-    num_draft_tokens: int | None = None  # upstream's default
+    num_draft_tokens: NumDraftTokens | None = None  # upstream's default
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed = super().parse_args(args, namespace)
@@ -37,12 +38,14 @@ class SpeculationParser(argparse.ArgumentParser):
         draft = self._take_draft(parsed)
         if parsed.mtp or draft is not None:
             self._check(parsed)
+        elif parsed.num_draft_tokens == "auto":
+            self.error("argument --num-draft-tokens: auto needs --mtp or --draft")
         if (request := command_line.get()) is not None:
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
         if parsed.num_draft_tokens is None:
             is_ours = parsed.mtp or draft is not None
-            parsed.num_draft_tokens = 1 if is_ours else self.num_draft_tokens
+            parsed.num_draft_tokens = "auto" if is_ours else self.num_draft_tokens
         return parsed
 
     def _check_one(self, parsed: argparse.Namespace) -> None:
@@ -86,14 +89,27 @@ def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
     """Add the flags for speculation that upstream's parser does not have."""
     parser.num_draft_tokens = parser.get_default("num_draft_tokens")
     if parser.num_draft_tokens is None:
-        parser.add_argument("--num-draft-tokens", type=int, help=NUM_DRAFT_TOKENS_HELP)
+        parser.add_argument("--num-draft-tokens")
+    (option,) = (a for a in parser._actions if a.dest == "num_draft_tokens")
+    option.type, option.help = _read_number, NUM_DRAFT_TOKENS_HELP
+    option.metavar = "N|auto"
     # None tells a default from a number that was asked for.
-    parser.set_defaults(num_draft_tokens=None)
+    option.default = None
     parser.add_argument(
         "--mtp", nargs="?", const=True, default=None, metavar="PATH", help=MTP_HELP
     )
     if with_draft:
         parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
+
+
+def _read_number(text: str) -> NumDraftTokens:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as exc:
+        message = f"expected a whole number or auto, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from exc
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import wrapt
 
+from .._options import AutoNumber
 from .command_line import SpeculationParser, add_flags
 
 NO_MODEL = "there is no default model: start the server with --model, or name one"
@@ -58,6 +59,11 @@ class ServerParser(SpeculationParser):
             # Requests in a batch share no draft model: mlx-lm serves them one by one.
             if is_draft_model(parsed.draft):
                 parsed.draft_model, parsed.draft = parsed.draft, None
+                if parsed.num_draft_tokens == "auto":
+                    parsed.num_draft_tokens = self.num_draft_tokens
+        if parsed.num_draft_tokens == "auto":
+            # Requests that do not say are given this, and checked by mlx-lm.
+            parsed.num_draft_tokens = AutoNumber(1)
         return parsed
 
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
-from .._options import MAX_DRAFT_TOKENS
+from .._options import MAX_DRAFT_TOKENS, AutoNumber
 from ..decoding import SpeculationStats
 from ..decoding._batch import SequenceOptions
 from ..drafters import Drafter, MTPDrafter, as_drafter
@@ -68,7 +68,10 @@ def options_of(arguments: Any) -> SequenceOptions:
         arguments (GenerationArguments): Of the request.
     """
     arguments.speculation = SpeculationStats()
-    return SequenceOptions(arguments.num_draft_tokens, arguments.speculation)
+    number = arguments.num_draft_tokens
+    return SequenceOptions(
+        "auto" if isinstance(number, AutoNumber) else number, arguments.speculation
+    )
 
 
 def speculation_of(model: nn.Module | None) -> ServedSpeculation | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tests.helpers import (
     ScriptedDrafter,
     assert_same_cache,
     assert_same_tokens,
+    changing_depth,
     load_tiny,
     often_right,
 )
@@ -28,7 +30,7 @@ VOCAB_SIZE = 320
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "model": ("dense", "moe", "dense-4bit", "moe-4bit", "dense-bf16"),
     "drafter": ("script", "mtp"),
-    "num_draft_tokens": (1, 2, 3, 4),
+    "num_draft_tokens": (1, 2, 3, 4, "changing"),
     "num_prompt_tokens": (1, 2, 600, 2500),
     "prefill_step_size": (512, 2048),
     "max_tokens": (1, 2, NUM_TOKENS),
@@ -47,7 +49,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 class Case(NamedTuple):
     model: str
     drafter: str
-    num_draft_tokens: int
+    num_draft_tokens: int | str
     num_prompt_tokens: int
     prefill_step_size: int
     max_tokens: int
@@ -124,19 +126,21 @@ def check(case: Case) -> SpeculationStats:
     model, prompt, options = model_of(case.model), prompt_of(case), case.options
     plain_cache, own_cache = make_prompt_cache(model), make_prompt_cache(model)
     num_entries, stats = len(plain_cache), SpeculationStats()
-    speculative = take(
-        case.ending,
-        spec_generate_step(
-            prompt,
-            model,
-            drafter=drafter_of(case),
-            num_draft_tokens=case.num_draft_tokens,
-            max_tokens=case.max_tokens,
-            prompt_cache=own_cache,
-            stats=stats,
-            **options,
-        ),
-    )
+    is_changing = case.num_draft_tokens == "changing"
+    with changing_depth() if is_changing else nullcontext():
+        speculative = take(
+            case.ending,
+            spec_generate_step(
+                prompt,
+                model,
+                drafter=drafter_of(case),
+                num_draft_tokens="auto" if is_changing else case.num_draft_tokens,
+                max_tokens=case.max_tokens,
+                prompt_cache=own_cache,
+                stats=stats,
+                **options,
+            ),
+        )
     steps = generate_step(
         prompt,
         model,

@@ -21,11 +21,13 @@ from mlx_optiq_ext.decoding._acceptance import (
     DraftToken,
     ExactMatch,
     Greedy,
+    SharedNoise,
     SpeculativeSampling,
     is_pure,
     rule_for,
 )
 from mlx_optiq_ext.decoding._rows import Proposal, Verifier, logprobs_of
+from tests.helpers import CHANGING, changing_depth
 
 VOCAB_SIZE = 12
 NUM_DRAWS = 100_000
@@ -322,6 +324,80 @@ def test_only_the_processors_of_mlx_lm_are_known_to_be_pure() -> None:
     assert len(known) == 4
     assert all(map(is_pure, known))
     assert not is_pure(lambda tokens, logits: logits)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "xtc" not in name])
+def test_tokens_of_shared_noise_have_the_distribution_of_the_sampler(name: str) -> None:
+    mx.random.seed(26)
+    rule = rule_for(make_sampler(**SETTINGS[name]), is_timed=True)
+    assert isinstance(rule, SharedNoise)
+    draft = rule.propose(rows(DRAFTER, NUM_DRAWS), 7)
+    tokens, is_accepted = rule.judge(rows(TARGET, NUM_DRAWS), draft, 7)
+    assert p_value(tokens, exact(TARGET, SETTINGS[name])) > TOLERATED_P_VALUE
+    assert p_value(draft.token, exact(DRAFTER, SETTINGS[name])) > TOLERATED_P_VALUE
+    # Independent draws would agree as often as the squared probabilities say.
+    independent = (exact(TARGET, SETTINGS[name]) * exact(DRAFTER, SETTINGS[name])).sum()
+    assert is_accepted.astype(mx.float32).mean().item() > independent + 0.1
+
+
+def test_shared_noise_differs_from_token_to_token() -> None:
+    mx.random.seed(27)
+    rule = rule_for(make_sampler(temp=1.0), is_timed=True)
+    drawn = [rule.judge(rows(TARGET, 1), None, index)[0] for index in range(5_000)]
+    tokens = mx.concatenate(drawn)
+    assert p_value(tokens, exact(TARGET, {"temp": 1.0})) > TOLERATED_P_VALUE
+    # Successive tokens are independent: pairs are as frequent as their parts say.
+    pairs = tokens[1:] * VOCAB_SIZE + tokens[:-1]
+    single = exact(TARGET, {"temp": 1.0})
+    frequent = np.flatnonzero(np.outer(single, single).ravel() > 0.01)
+    counts = np.bincount(np.array(pairs), minlength=VOCAB_SIZE**2)[frequent]
+    expected = np.outer(single, single).ravel()[frequent] * pairs.size
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_square_tail(statistic, len(frequent)) > TOLERATED_P_VALUE
+
+
+def test_a_second_generation_has_other_noise() -> None:
+    mx.random.seed(28)
+    rules = [rule_for(make_sampler(temp=1.0), is_timed=True) for _ in range(2)]
+    one, other = (r.judge(rows(TARGET, 200), None, 0)[0] for r in rules)
+    assert not mx.array_equal(one, other).item()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        make_sampler(temp=1.0),
+        make_sampler(temp=0.8, top_p=0.9, top_k=5),
+        make_sampler(temp=1.0, xtc_probability=0.5, xtc_threshold=0.1),
+        mx.random.categorical,
+    ],
+    ids=["temperature", "filters", "xtc", "callable"],
+)
+def test_a_sampled_text_does_not_depend_on_the_depths(sampler: Any) -> None:
+    model, drafter = MarkovChain(0), MarkovChain(1, noise=0.7)
+
+    def text(pattern: Any) -> list[int]:
+        mx.random.seed(29)
+        with changing_depth(pattern):
+            steps = spec_generate_step(
+                mx.array([0]),
+                model,
+                drafter=drafter,
+                num_draft_tokens="auto",
+                max_tokens=200,
+                sampler=sampler,
+            )
+            return [token for token, *_ in steps]
+
+    texts = [text(pattern) for pattern in [(0,), (1,), (4,), CHANGING]]
+    assert texts[1:] == texts[:-1]
+
+
+def test_xtc_is_asked_in_order_where_time_decides_the_depth() -> None:
+    xtc = make_sampler(temp=1.0, xtc_probability=0.5)
+    assert isinstance(rule_for(xtc, is_timed=True), ExactMatch)
+    assert isinstance(rule_for(xtc), SpeculativeSampling)
+    assert isinstance(rule_for(None, is_timed=True), Greedy)
 
 
 class MarkovChain(nn.Module):

@@ -20,7 +20,14 @@ from mlx_lm.models.cache import (
 
 from mlx_optiq_ext import SpeculationError, SpeculationStats, spec_generate_step
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
-from tests.helpers import DEMO, assert_same_cache, load_tiny
+from tests.helpers import (
+    CHANGING,
+    DEMO,
+    PARKED_THEN_NOT,
+    assert_same_cache,
+    changing_depth,
+    load_tiny,
+)
 
 PROMPT = mx.arange(3, 20)
 
@@ -60,6 +67,18 @@ def continue_(
 def generated(model: nn.Module, num_tokens: int) -> mx.array:
     steps = generate_step(PROMPT, model, max_tokens=num_tokens)
     return mx.array([token for token, _ in steps])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 6, 7, 20, 90])
+@pytest.mark.parametrize("pattern", [CHANGING, PARKED_THEN_NOT, (0,)])
+def test_head_state_after_parked_decoding_is_that_of_prefill(
+    model: nn.Module, num_tokens: int, pattern: tuple[int, ...]
+) -> None:
+    with changing_depth(pattern):
+        decoded = primed_by(model, (PROMPT, num_tokens), num_draft_tokens="auto")
+    everything = mx.concatenate([PROMPT, generated(model, num_tokens)])
+    prefilled = primed_by(model, (everything, 0), max_tokens=0)
+    assert_same_cache(prefilled, decoded)
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 4])

@@ -33,15 +33,29 @@ def text_of(output: str) -> str:
 def test_generate_prints_the_same_text_and_one_more_line() -> None:
     arguments = ("--model", DEMO, *PROMPT, "--max-tokens", 60)
     code, plain, _ = run("generate", *arguments)
-    code_too, speculative, _ = run("generate", *arguments, "--mtp")
+    flags = ("--mtp", "--num-draft-tokens", 1)
+    code_too, speculative, _ = run("generate", *arguments, *flags)
     assert (code, code_too) == (0, 0)
     assert text_of(plain) == text_of(speculative)
     pattern = r"Speculation: (\d+) rounds, .* of (\d+) draft tokens accepted .*%\)\n$"
     counts = re.search(pattern, speculative)
     assert counts is not None
-    # One token a round is the default, whatever upstream's for draft models is.
     assert counts[1] == counts[2]
     assert "Speculation" not in plain
+
+
+def test_by_default_the_depth_is_measured() -> None:
+    arguments = ("--model", DEMO, *PROMPT, "--max-tokens", 60)
+    _, plain, _ = run("generate", *arguments)
+    for flags in ([], ["--num-draft-tokens", "auto"]):
+        code, speculative, _ = run("generate", *arguments, "--mtp", *flags)
+        assert code == 0
+        assert text_of(plain) == text_of(speculative)
+        # The first tokens are decoded plainly, for their time.
+        calls = re.search(r"calls by depth (\d+), (\d+)", speculative)
+        assert calls is not None
+        assert int(calls[1]) >= 3
+        assert int(calls[2]) >= 1
 
 
 def test_generate_takes_a_path_and_a_number_of_draft_tokens() -> None:

@@ -71,9 +71,11 @@ def test_responses_are_those_of_plain_decoding(gemma, draft, num_draft_tokens):
         assert mx.array_equal(one.logprobs, other.logprobs)
     stats = speculative[-1].speculation
     assert stats.num_tokens == 20
-    drafted_first = stats.num_drafted_per_position[0]
-    assert len(stats.num_drafted_per_position) == (num_draft_tokens or 1)
-    assert drafted_first >= stats.num_rounds > 10
+    assert stats.num_rounds > 0
+    if num_draft_tokens is not None:
+        drafted_first = stats.num_drafted_per_position[0]
+        assert len(stats.num_drafted_per_position) == num_draft_tokens
+        assert drafted_first >= stats.num_rounds > 10
 
 
 def test_generate_prints_the_same_text_and_one_more_line(gemma, capsys):

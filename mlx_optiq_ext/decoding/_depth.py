@@ -1,0 +1,218 @@
+"""How many tokens to draft in a round: the depth of speculation.
+
+Rounds of depth d commit E(d) = 1 + a1 + a1 a2 + ... + a1...ad tokens on average, where
+ai is the probability that a draft token is accepted if all before it are, and take
+C(d) seconds. The automatic depth maximises E(d) / C(d) over d = 0 to 8, all of it
+measured while it runs. At depth 0 it is *parked*: nothing is drafted, and decoding is
+as fast as without speculation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Protocol
+
+import mlx.nn as nn
+
+from .._options import MAX_DRAFT_TOKENS, NumDraftTokens
+
+NUM_TIMES = 5  # latest rounds of a depth whose times count
+MIN_TIMES = 2  # of them, before the depth is known
+MAX_AGE = 32  # rounds, after which all times of a depth but one are forgotten
+MIN_GAIN = 0.02  # in speed, for a deeper round to be preferred
+PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # what is assumed of the first position
+MEMORY = 0.97  # of a position's rate, from one draft token to the next
+PROBE_SHARE = 0.01  # of the time, that trying other depths may lose
+PROBE_INTERVAL = 8  # rounds between two probes, however little they cost
+
+
+class Depth(Protocol):
+    """Decides how many tokens to draft."""
+
+    def choose(self) -> int:
+        """The depth of the next round."""
+        ...
+
+    def observe(
+        self, depth: int, num_accepted: int, seconds: float, is_typical: bool
+    ) -> None:
+        """See what a round of a depth did.
+
+        Args:
+            depth (int): Tokens drafted.
+            num_accepted (int): Of these.
+            seconds (float): How long it took.
+            is_typical (bool): Whether others of its depth take as long.
+        """
+        ...
+
+
+class FixedDepth:
+    """The same depth for every round."""
+
+    def __init__(self, depth: int):
+        self._depth = depth
+
+    def choose(self) -> int:
+        return self._depth
+
+    def observe(
+        self, depth: int, num_accepted: int, seconds: float, is_typical: bool
+    ) -> None:
+        pass
+
+
+class RoundTimes:
+    """How long rounds take, by depth. It outlives a generation.
+
+    The first round of a depth is left out: it may have had to compile kernels. Of the
+    others the lower quartile counts, as what disturbs a round makes it longer.
+    """
+
+    def __init__(self) -> None:
+        self._times: list[deque[float]] = [
+            deque(maxlen=NUM_TIMES) for _ in range(MAX_DRAFT_TOKENS + 1)
+        ]
+        self._num_rounds = 0
+        self._last_round: list[int | None] = [None] * (MAX_DRAFT_TOKENS + 1)
+
+    def add(self, depth: int, seconds: float) -> None:
+        self._num_rounds += 1
+        times, last = self._times[depth], self._last_round[depth]
+        self._last_round[depth] = self._num_rounds
+        if last is None:
+            return
+        if times and self._num_rounds - last > MAX_AGE:
+            self._times[depth] = times = deque([times[-1]], NUM_TIMES)
+        times.append(seconds)
+
+    def seconds(self) -> list[float]:
+        """Of depth 0, 1 and so on, the last one extrapolated; empty if none known."""
+        known = list(itertools.takewhile(lambda x: len(x) >= MIN_TIMES, self._times))
+        quartiles = [(sorted(times)[len(times) // 4], len(times)) for times in known]
+        smooth = _ascending(quartiles)
+        if known and len(known) <= MAX_DRAFT_TOKENS:
+            mean_step = (smooth[-1] - smooth[0]) / max(len(smooth) - 1, 1)
+            smooth.append(smooth[-1] + mean_step)
+        return smooth
+
+
+def _ascending(values: list[tuple[float, int]]) -> list[float]:
+    """The ascending numbers closest to weighted ones: a deeper round takes longer."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, how many numbers
+    for value, weight in values:
+        block = (value, float(weight), 1)
+        while blocks and blocks[-1][0] > block[0]:
+            mean, total, length = blocks.pop()
+            sum_ = mean * total + block[0] * block[1]
+            total += block[1]
+            block = (sum_ / total, total, length + block[2])
+        blocks.append(block)
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+class AcceptanceRates:
+    """The probability of acceptance at each position of a draft, newer rounds first."""
+
+    def __init__(self) -> None:
+        self._tried = [0.0] * MAX_DRAFT_TOKENS
+        self._accepted = [0.0] * MAX_DRAFT_TOKENS
+
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        # What follows the first rejected token was not put to the test.
+        for position in range(min(num_accepted + 1, num_drafted)):
+            is_accepted = position < num_accepted
+            self._tried[position] = MEMORY * self._tried[position] + 1
+            self._accepted[position] = MEMORY * self._accepted[position] + is_accepted
+
+    def num_tokens(self, depth: int) -> float:
+        """Tokens that a round of a depth is expected to commit."""
+        total = product = 1.0
+        # Where little is known a position is taken to be like the one before it.
+        rate = PRIOR_RATE
+        for tried, accepted in zip(self._tried, self._accepted[:depth], strict=False):
+            rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+            product *= rate
+            total += product
+        return total
+
+
+class AutoDepth:
+    """The depth that commits the most tokens in a second.
+
+    Neighbours of the best depth are tried now and then, as long as that does not lose
+    more than a small share of the time.
+
+    Args:
+        times (RoundTimes): Of earlier generations with the same model and drafter.
+    """
+
+    def __init__(self, times: RoundTimes):
+        self._times = times
+        self._rates = AcceptanceRates()
+        self._elapsed = self._lost = 0.0
+        self._num_rounds = 0
+        self._last_used = [0] * (MAX_DRAFT_TOKENS + 1)
+        self._probes: list[int] = []
+
+    def choose(self) -> int:
+        speeds = self._speeds()
+        if not speeds:
+            return 0
+        if not self._probes:
+            best = _best(speeds)
+            self._probes = self._plan_probe(best, speeds) or [best]
+        return self._probes.pop()
+
+    def observe(
+        self, depth: int, num_accepted: int, seconds: float, is_typical: bool
+    ) -> None:
+        self._num_rounds += 1
+        self._last_used[depth] = self._num_rounds
+        self._rates.add(depth, num_accepted)
+        if is_typical:
+            self._times.add(depth, seconds)
+        if speeds := self._speeds():
+            # An interruption is not the fault of the depth.
+            seconds = min(seconds, (2 + depth) / speeds[0])
+            self._elapsed += seconds
+            if depth != (best := _best(speeds)):
+                loss = seconds - (1 + num_accepted) / speeds[best]
+                self._lost = max(self._lost + loss, 0.0)
+
+    def _speeds(self) -> list[float]:
+        """Tokens in a second, by depth."""
+        return [
+            self._rates.num_tokens(depth) / seconds
+            for depth, seconds in enumerate(self._times.seconds())
+        ]
+
+    def _plan_probe(self, best: int, speeds: list[float]) -> list[int]:
+        """Rounds of the neighbour least recently used, if they cost little enough."""
+        neighbours = [d for d in (best - 1, best + 1) if 0 <= d < len(speeds)]
+        depth = min(neighbours, key=self._last_used.__getitem__)
+        if self._num_rounds - self._last_used[depth] < PROBE_INTERVAL:
+            return []
+        # The time of a parked round is only known when it follows another one.
+        probe = [depth] * (2 if depth == 0 else 1)
+        loss = self._rates.num_tokens(depth) * (1 / speeds[depth] - 1 / speeds[best])
+        if self._lost + len(probe) * loss > PROBE_SHARE * self._elapsed:
+            return []
+        return probe
+
+
+def _best(speeds: list[float]) -> int:
+    """The first depth that is about as fast as the fastest."""
+    enough = max(speeds) / (1 + MIN_GAIN)
+    return next(depth for depth, speed in enumerate(speeds) if speed >= enough)
+
+
+def make_depth(num_draft_tokens: NumDraftTokens, model: nn.Module) -> Depth:
+    """How deep to draft for a model, which remembers what its rounds took."""
+    if num_draft_tokens != "auto":
+        return FixedDepth(num_draft_tokens)
+    if not hasattr(model, "_round_times"):
+        # Not by nn.Module.__setattr__: this is none of the model's parameters.
+        object.__setattr__(model, "_round_times", RoundTimes())
+    return AutoDepth(model._round_times)
