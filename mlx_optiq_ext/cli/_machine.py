@@ -1,0 +1,54 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from .. import __version__
+from ._backend import backend_name, device_name
+
+MAPS = Path("/proc/self/maps")
+
+
+def describe_machine() -> dict[str, str]:
+    """Machine, backend, versions, and the BLAS where that is what multiplies."""
+    description = {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{backend_name()} ({device_name()})",
+        "versions": _versions(),
+    }
+    if backend_name() == "cpu":
+        description["BLAS"] = blas_name()
+    return description
+
+
+def _versions() -> str:
+    packages = [f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm")]
+    python = f"Python {platform.python_version()}"
+    return ", ".join([f"mlx-optiq-ext {__version__}", *packages, python])
+
+
+def blas_name() -> str:
+    """The BLAS library of this process, as far as the system tells."""
+    if platform.system() == "Darwin":
+        return "Accelerate"
+    names = loaded_libraries(MAPS.read_text()) if MAPS.exists() else []
+    for kind in ("openblas", "mkl", "blis", "atlas", "nvpl_blas"):
+        if name := next((name for name in names if kind in name.lower()), None):
+            return (
+                f"{name}, preloaded"
+                if name in os.environ.get("LD_PRELOAD", "")
+                else name
+            )
+    return (
+        "reference BLAS of mlx" if any("blas" in name for name in names) else "unknown"
+    )
+
+
+def loaded_libraries(maps: str) -> list[str]:
+    """Names of the files that a process has mapped, each once, from its maps."""
+    paths = (line.split(maxsplit=5)[5:] for line in maps.splitlines())
+    return list(dict.fromkeys(Path(path[0]).name for path in paths if path))
