@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -36,16 +37,11 @@ def blas_name() -> str:
     if platform.system() == "Darwin":
         return "Accelerate"
     names = loaded_libraries(MAPS.read_text()) if MAPS.exists() else []
-    for kind in ("openblas", "mkl", "blis", "atlas", "nvpl_blas"):
-        if name := next((name for name in names if kind in name.lower()), None):
-            return (
-                f"{name}, preloaded"
-                if name in os.environ.get("LD_PRELOAD", "")
-                else name
-            )
-    return (
-        "reference BLAS of mlx" if any("blas" in name for name in names) else "unknown"
-    )
+    # NumPy has a copy under names of its own, of which mlx knows nothing.
+    found = [n for n in names if re.search("blas|mkl|blis", n) and "scipy" not in n]
+    # What was loaded first by force comes before what mlx brings along.
+    preloaded = [n for n in found if n.split(".so")[0] in os.getenv("LD_PRELOAD", "")]
+    return next(iter(preloaded + found), "unknown")
 
 
 def loaded_libraries(maps: str) -> list[str]:

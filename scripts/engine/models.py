@@ -93,9 +93,9 @@ def _gemma(vocab_size: int, **config: Any) -> Preset:
 
 
 # The 400M ones have the widths of Qwen3.5-0.8B and about those of Gemma-4 E2B, fewer
-# layers and a vocabulary in proportion; the 40M ones are for a quick look.
+# layers and a vocabulary in proportion; the small ones are for a quick look.
 PRESETS = {
-    "qwen-40m": _qwen(512, 8, 4, 1, 1536, 16, 16384, True),
+    "qwen-60m": _qwen(512, 8, 4, 1, 1536, 16, 16384, True),
     "qwen-400m": _qwen(1024, 16, 8, 2, 3584, 16, 49152, True),
     "qwen-4b": _qwen(2560, 32, 16, 4, 9216, 32, 248320, True),
     "qwen-9b": _qwen(4096, 32, 16, 4, 12288, 32, 248320, False),
