@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .bench import bench
 from .demo import demo
 from .status import status
 
@@ -15,5 +16,6 @@ def main() -> None:
     """Speculative decoding for mlx-lm."""
 
 
+main.add_command(bench)
 main.add_command(demo)
 main.add_command(status)

@@ -1,0 +1,50 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+from .. import __version__
+from ._backend import backend_name, device_name
+
+MAPS = Path("/proc/self/maps")
+
+
+def describe_machine() -> dict[str, str]:
+    """Machine, backend, versions, and the BLAS where that is what multiplies."""
+    description = {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{backend_name()} ({device_name()})",
+        "versions": _versions(),
+    }
+    if backend_name() == "cpu":
+        description["BLAS"] = blas_name()
+    return description
+
+
+def _versions() -> str:
+    packages = [f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm")]
+    python = f"Python {platform.python_version()}"
+    return ", ".join([f"mlx-optiq-ext {__version__}", *packages, python])
+
+
+def blas_name() -> str:
+    """The BLAS library of this process, as far as the system tells."""
+    if platform.system() == "Darwin":
+        return "Accelerate"
+    names = loaded_libraries(MAPS.read_text()) if MAPS.exists() else []
+    # NumPy has a copy under names of its own, of which mlx knows nothing.
+    found = [n for n in names if re.search("blas|mkl|blis", n) and "scipy" not in n]
+    # What was loaded first by force comes before what mlx brings along.
+    preloaded = [n for n in found if n.split(".so")[0] in os.getenv("LD_PRELOAD", "")]
+    return next(iter(preloaded + found), "unknown")
+
+
+def loaded_libraries(maps: str) -> list[str]:
+    """Names of the files that a process has mapped, each once, from its maps."""
+    paths = (line.split(maxsplit=5)[5:] for line in maps.splitlines())
+    return list(dict.fromkeys(Path(path[0]).name for path in paths if path))

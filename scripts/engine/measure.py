@@ -1,0 +1,196 @@
+"""What one generation costs, and what it could cost at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+
+from mlx_optiq_ext import SpeculationStats, spec_generate_step
+from mlx_optiq_ext._costs import copy_cache
+from mlx_optiq_ext.decoding._rows import Proposal, Verifier
+from mlx_optiq_ext.drafters import Drafter
+from mlx_optiq_ext.rollback import Tape, Transaction, can_tape
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation, without its first token.
+
+    Args:
+        tokens (list[int]): All tokens, the first included.
+        seconds (float): From the first token to the last.
+        stats (SpeculationStats): Empty for plain decoding.
+    """
+
+    tokens: list[int]
+    seconds: float
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / (len(self.tokens) - 1)
+
+    @property
+    def num_rounds(self) -> int:
+        """Forward passes, without the one that the first token came from."""
+        return self.stats.num_target_calls - 1
+
+    @property
+    def rounds_by_depth(self) -> dict[int, int]:
+        """How many of these passes verified so many draft tokens."""
+        drafted = [self.num_rounds, *self.stats.num_drafted_per_position, 0]
+        return {
+            depth: drafted[depth] - drafted[depth + 1]
+            for depth in range(len(drafted) - 1)
+        }
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where every generation starts.
+
+    Args:
+        model (nn.Module): The target.
+        cache (list): Its cache, with some tokens in it; it stays as it is.
+        tokens (mx.array): The tokens, ``[num_tokens]``; the last one is fed again.
+    """
+
+    model: nn.Module
+    cache: list[Any]
+    tokens: mx.array
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "prompt": self.tokens[-1:],
+            "model": self.model,
+            "prompt_cache": copy_cache(self.cache),
+        }
+
+
+def run_plain(start: Start, num_tokens: int) -> Run:
+    steps = generate_step(**start.options, max_tokens=num_tokens)
+    return Run(*_consume(token for token, _ in steps))
+
+
+def run_speculative(start: Start, num_tokens: int, drafter: Drafter, depth: int) -> Run:
+    stats = SpeculationStats()
+    steps = spec_generate_step(
+        **start.options,
+        drafter=drafter,
+        num_draft_tokens=depth,
+        max_tokens=num_tokens,
+        stats=stats,
+    )
+    return Run(*_consume(token for token, *_ in steps), stats)
+
+
+def _consume(tokens: Iterable[int]) -> tuple[list[int], float]:
+    taken: list[int] = []
+    start = end = 0.0
+    for token in tokens:
+        if not taken:
+            start = time.perf_counter()
+        taken.append(token)
+        end = time.perf_counter()
+    return taken, end - start
+
+
+def allowed_seconds(
+    run: Run, verify: Mapping[int, float], draft: Mapping[int, float]
+) -> float:
+    """What the rounds of a run take if they cost their passes and drafts alone.
+
+    Args:
+        run (Run): Says how many rounds there were, and with how many draft tokens.
+        verify (Mapping[int, float]): Seconds of a pass, by number of rows.
+        draft (Mapping[int, float]): Seconds of a draft, by number of tokens.
+    """
+    return sum(
+        num_rounds * (verify[1 + depth] + draft[depth])
+        for depth, num_rounds in run.rounds_by_depth.items()
+        if num_rounds
+    )
+
+
+def measure_draft_seconds(
+    start: Start, drafter: Drafter, depth: int, num_repeats: int
+) -> float:
+    """Median seconds of a draft, built before the clock starts."""
+    model, cache = start.model, copy_cache(start.cache)
+    num_tokens = start.tokens.size
+    session = drafter.open(list(cache), len(cache), num_tokens)
+    call = model.hidden_states if drafter.reads_hidden_states else model
+    states = call(start.tokens[None], cache=cache)
+    mx.eval(states)
+    session.prefill(start.tokens, states)
+    seconds = []
+    for _ in range(num_repeats + 1):
+        proposal = Proposal(Verifier(), None)
+        session.draft(start.tokens[-1:], states[:, -1:], depth, proposal)
+        began = time.perf_counter()
+        mx.eval(proposal.tokens)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def measure_rollback_seconds(start: Start, num_rows: int, num_repeats: int) -> float:
+    """Median seconds to take back all rows of a pass but the first."""
+    seconds = []
+    for _ in range(num_repeats):
+        entries = copy_cache(start.cache)
+        transaction = Transaction(entries, Tape() if can_tape(start.model) else None)
+
+        def forward(num: int, entries: Any = entries) -> Any:
+            return start.model(start.tokens[None, -num:], cache=entries)
+
+        mx.eval(transaction.run(forward, num_rows), [e.state for e in entries])
+        began = time.perf_counter()
+        transaction.keep(1)
+        mx.eval([entry.state for entry in entries])
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+@dataclass
+class HostTime:
+    """Where the host waits for the device: calls that block, and for how long."""
+
+    num_syncs: int = 0
+    blocked_seconds: float = 0.0
+
+
+@contextmanager
+def watching_syncs() -> Iterator[HostTime]:
+    """Count the calls that wait for an array, and time them."""
+    host = HostTime()
+    places = [(mx, "eval"), (mx, "synchronize")]
+    places += [(mx.array, name) for name in ("item", "tolist", "__bool__", "__int__")]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
+    try:
+        for owner, name, original in originals:
+            setattr(owner, name, _timed(original, host))
+        yield host
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _timed(call: Callable[..., Any], host: HostTime) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            host.num_syncs += 1
+            host.blocked_seconds += time.perf_counter() - start
+
+    return timed
