@@ -6,7 +6,7 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,8 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+Clock = Callable[[], float]
+
 
 def measure_verify_seconds(
     model: nn.Module,
@@ -22,6 +24,7 @@ def measure_verify_seconds(
     tokens: mx.array,
     num_rows: Sequence[int],
     num_repeats: int = 5,
+    clock: Clock = time.perf_counter,
 ) -> dict[int, float]:
     """Time passes over a few rows, the projection to logits included.
 
@@ -34,6 +37,7 @@ def measure_verify_seconds(
         tokens (mx.array): The rows, as many as the largest pass has.
         num_rows (Sequence[int]): Of each kind of pass.
         num_repeats (int): Passes of each kind, in an order that is shuffled.
+        clock (Callable[[], float]): Tells seconds.
 
     Returns:
         dict[int, float]: Median seconds by number of rows.
@@ -41,10 +45,10 @@ def measure_verify_seconds(
     order = random.Random(0)
     seconds: dict[int, list[float]] = {rows: [] for rows in num_rows}
     for rows in num_rows:  # Every shape is compiled or looked up once.
-        _time_pass(model, cache, tokens[:rows])
+        _time_pass(model, cache, tokens[:rows], clock)
     for _ in range(num_repeats):
         for rows in order.sample(list(num_rows), len(num_rows)):
-            seconds[rows].append(_time_pass(model, cache, tokens[:rows]))
+            seconds[rows].append(_time_pass(model, cache, tokens[:rows], clock))
     return {rows: statistics.median(values) for rows, values in seconds.items()}
 
 
@@ -70,10 +74,12 @@ def _copy_array(value: Any) -> Any:
     return value + 0 if isinstance(value, mx.array) else value
 
 
-def _time_pass(model: nn.Module, cache: Sequence[Any], tokens: mx.array) -> float:
+def _time_pass(
+    model: nn.Module, cache: Sequence[Any], tokens: mx.array, clock: Clock
+) -> float:
     logits = model(tokens[None], cache=copy_cache(cache))
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     outputs = mx.argmax(logprobs, axis=-1), logprobs
-    start = time.perf_counter()
+    start = clock()
     mx.eval(outputs)
-    return time.perf_counter() - start
+    return clock() - start

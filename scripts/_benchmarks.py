@@ -36,14 +36,48 @@ def write_results(
     if markdown is not None:
         markdown.write_text(f"{text}\n")
     if as_json is not None:
-        as_json.write_text(f"{json.dumps(results, indent=2)}\n")
+        as_json.write_text(f"{json.dumps(results, indent=2, default=vars)}\n")
 
 
 def output_options(command: Any) -> Any:
     """The options of a command that say where its results go."""
     path = click.Path(dir_okay=False, path_type=Path)
-    for name, variable in (("--json", "as_json"), ("--markdown", "markdown")):
-        command = click.option(name, variable, type=path, help="Also write this file.")(
-            command
-        )
+    options = {
+        "as_json": ("--json", "Also write the results to this file, as JSON."),
+        "markdown": ("--markdown", "Also write them to this file, as Markdown."),
+        "plot": ("--plot", "Draw them into this PNG; needs the extra `plot`."),
+    }
+    for variable, (name, text) in options.items():
+        command = click.option(name, variable, type=path, help=text)(command)
     return command
+
+
+def plot_bars(path: Path, bars: Mapping[str, float], title: str) -> None:
+    """Draw a speed-up for each name."""
+    figure, axes = _figure()
+    axes.barh(list(bars), list(bars.values()))
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_title(title)
+    figure.savefig(path)
+
+
+def plot_line(
+    path: Path, points: Mapping[int, float], x_label: str, y_label: str
+) -> None:
+    """Draw one figure over whole numbers."""
+    figure, axes = _figure()
+    axes.plot(list(points), list(points.values()), marker="o")
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(xlabel=x_label, ylabel=y_label, xticks=list(points))
+    figure.savefig(path)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise click.ClickException(
+            'A plot needs matplotlib: pip install "mlx-optiq-ext[plot]"'
+        ) from exc
+    figure = Figure(layout="constrained")
+    return figure, figure.subplots()

@@ -39,9 +39,11 @@ def blas_name() -> str:
     names = loaded_libraries(MAPS.read_text()) if MAPS.exists() else []
     # NumPy has a copy under names of its own, of which mlx knows nothing.
     found = [n for n in names if re.search("blas|mkl|blis", n) and "scipy" not in n]
-    # What was loaded first by force comes before what mlx brings along.
-    preloaded = [n for n in found if n.split(".so")[0] in os.getenv("LD_PRELOAD", "")]
-    return next(iter(preloaded + found), "unknown")
+    # What was loaded by force comes before what mlx brings along.
+    forced = os.getenv("LD_PRELOAD", "").replace(":", " ").split()
+    preloaded = {Path(path).resolve().name for path in forced}
+    found.sort(key=lambda name: name not in preloaded)
+    return next(iter(found), "unknown")
 
 
 def loaded_libraries(maps: str) -> list[str]:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from mlx_optiq_ext import SpeculationStats, spec_generate_step
-from mlx_optiq_ext._costs import copy_cache
+from mlx_optiq_ext._costs import Clock, copy_cache
 from mlx_optiq_ext.decoding._rows import Proposal, Verifier
 from mlx_optiq_ext.drafters import Drafter
 from mlx_optiq_ext.rollback import Tape, Transaction, can_tape
@@ -61,11 +61,13 @@ class Start:
         model (nn.Module): The target.
         cache (list): Its cache, with some tokens in it; it stays as it is.
         tokens (mx.array): The tokens, ``[num_tokens]``; the last one is fed again.
+        clock (Callable[[], float]): Tells seconds.
     """
 
     model: nn.Module
     cache: list[Any]
     tokens: mx.array
+    clock: Clock
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Start:
 
 def run_plain(start: Start, num_tokens: int) -> Run:
     steps = generate_step(**start.options, max_tokens=num_tokens)
-    return Run(*_consume(token for token, _ in steps))
+    return Run(*_consume((token for token, _ in steps), start.clock))
 
 
 def run_speculative(start: Start, num_tokens: int, drafter: Drafter, depth: int) -> Run:
@@ -90,17 +92,17 @@ def run_speculative(start: Start, num_tokens: int, drafter: Drafter, depth: int)
         max_tokens=num_tokens,
         stats=stats,
     )
-    return Run(*_consume(token for token, *_ in steps), stats)
+    return Run(*_consume((token for token, *_ in steps), start.clock), stats)
 
 
-def _consume(tokens: Iterable[int]) -> tuple[list[int], float]:
+def _consume(tokens: Iterable[int], clock: Clock) -> tuple[list[int], float]:
     taken: list[int] = []
     start = end = 0.0
     for token in tokens:
+        end = clock()
         if not taken:
-            start = time.perf_counter()
+            start = end
         taken.append(token)
-        end = time.perf_counter()
     return taken, end - start
 
 
@@ -136,9 +138,9 @@ def measure_draft_seconds(
     for _ in range(num_repeats + 1):
         proposal = Proposal(Verifier(), None)
         session.draft(start.tokens[-1:], states[:, -1:], depth, proposal)
-        began = time.perf_counter()
+        began = start.clock()
         mx.eval(proposal.tokens)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(start.clock() - began)
     return statistics.median(seconds[1:])
 
 
@@ -153,10 +155,10 @@ def measure_rollback_seconds(start: Start, num_rows: int, num_repeats: int) -> f
             return start.model(start.tokens[None, -num:], cache=entries)
 
         mx.eval(transaction.run(forward, num_rows), [e.state for e in entries])
-        began = time.perf_counter()
+        began = start.clock()
         transaction.keep(1)
         mx.eval([entry.state for entry in entries])
-        seconds.append(time.perf_counter() - began)
+        seconds.append(start.clock() - began)
     return statistics.median(seconds)
 
 
@@ -165,7 +167,13 @@ class HostTime:
     """Where the host waits for the device: calls that block, and for how long."""
 
     num_syncs: int = 0
+    seconds: float = 0.0
     blocked_seconds: float = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """What the host took to build graphs and all else."""
+        return self.seconds - self.blocked_seconds
 
 
 @contextmanager
@@ -178,7 +186,9 @@ def watching_syncs() -> Iterator[HostTime]:
     try:
         for owner, name, original in originals:
             setattr(owner, name, _timed(original, host))
+        start = time.perf_counter()
         yield host
+        host.seconds = time.perf_counter() - start
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
