@@ -39,7 +39,7 @@ lines that follow each other. It must not hold the whole file in memory, must sk
 count lines that are malformed, and must accept files that are compressed with gzip.
 Use only the standard library, add type annotations and a docstring, and write three
 tests with pytest: one for an empty file, one for a malformed line in the middle, and
-one for a gap across midnight. Explain which part takes the most time.
+one for a gap across midnight. Explain which part takes most time.
 """
 COLUMNS = ("Model", "Base tok/s", "MTP tok/s", "Speedup", "Acceptance")
 SAMPLINGS = ("greedy", "recommended")
