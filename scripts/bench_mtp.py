@@ -100,6 +100,14 @@ def recommended_sampler(model: Any) -> Any:
 @click.command()
 @click.option("--model", "models", multiple=True, help="A folder or a Hub id.")
 @click.option("--mtp", help="The head, if it is not with the model.")
+@click.option(
+    "--sampling",
+    "samplings",
+    type=click.Choice(SAMPLINGS),
+    multiple=True,
+    default=SAMPLINGS,
+    help="Only this one; by default both.",
+)
 @click.option("--num-draft-tokens", default=1, show_default=True)
 @click.option("--tokens", default=512, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
@@ -107,6 +115,7 @@ def recommended_sampler(model: Any) -> Any:
 def main(
     models: tuple[str, ...],
     mtp: str | None,
+    samplings: tuple[str, ...],
     num_draft_tokens: int,
     tokens: int,
     repeats: int,
@@ -119,7 +128,7 @@ def main(
     measurements = [
         Measurement(model, sampling, options, tokens)
         for model in models or [str(MODEL)]
-        for sampling in SAMPLINGS
+        for sampling in samplings
         for _ in range(repeats)
         for options in ({}, speculation)
     ]
@@ -181,7 +190,7 @@ def render(report: dict[str, Any]) -> str:
     parts = ["# Decoding with an MTP head", markdown_machine(report["machine"])]
     counts = sorted({run["question_tokens"] for run in report["runs"]})
     parts.append(f"The question has {', '.join(map(str, counts))} tokens.")
-    for sampling in SAMPLINGS:
+    for sampling in dict.fromkeys(row["sampling"] for row in report["rows"]):
         rows = [
             (
                 row["model"],
