@@ -195,6 +195,7 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving import _generation
     from ..serving._sampling import recommend
     from ..serving._speculation import check_draft_tokens, speculation_of
+    from ._request import admission
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     tokenizer, request, arguments = call.args
@@ -208,9 +209,9 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             instance, tokenizer, request, arguments, tokenized
         )
     _generation.check_generation(tokenizer, arguments, tokenized[0])
-    if (served := speculation_of(instance.model_provider.model)) is not None:
+    if speculation_of(instance.model_provider.model) is not None:
         check_draft_tokens(arguments)
-        served.announce(arguments)
+    admission.set(arguments)
     return tokenized
 
 
