@@ -66,6 +66,7 @@ class Bench:
         self._options = {"plain": {}, "speculative": options}
         self._max_tokens = max_tokens
         self.num_tokens: dict[str, int] = {}
+        self._texts = [self._text(prompt) for prompt in PROMPTS]
 
     def eight(self, kind: str) -> float:
         """Seconds until all requests that were sent at once are answered."""
@@ -73,7 +74,7 @@ class Bench:
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             texts = list(pool.map(lambda p: self._ask(kind, p), PROMPTS))
         seconds = time.perf_counter() - start
-        if texts != [self._text(prompt) for prompt in PROMPTS]:
+        if texts != self._texts:
             raise SystemExit("the texts are not those of mlx-lm")
         return seconds
 

@@ -215,6 +215,19 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return tokenized
 
 
+def fetch_nearest_cache(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    tokens = call.arguments["tokens"]
+    cache, rest = wrapped(*args, **kwargs)
+    if rest or not tokens:
+        return cache, rest
+    # A prompt that is all in the cache leaves no token to go on from: mlx-lm's thread
+    # would die of it.
+    call.arguments["tokens"] = tokens[:-1]
+    cache, rest = wrapped(*call.args, **call.kwargs)
+    return cache, [*rest, tokens[-1]]
+
+
 def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving._exchange import current
 

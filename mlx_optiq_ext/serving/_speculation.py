@@ -36,9 +36,7 @@ class ServedSpeculation:
         """Those of a sequence in the batch."""
         return self._by_sequence[uid]
 
-    def admit(
-        self, uids: Sequence[int], arguments: Any, alive: Container[int]
-    ) -> None:
+    def admit(self, uids: Sequence[int], arguments: Any, alive: Container[int]) -> None:
         """Give sequences the options that a request asks for.
 
         Args:
