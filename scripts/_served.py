@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mlx_optiq_ext.cli.demo import FAMILIES
+
 ROOT = Path(__file__).resolve().parent.parent
-DEMO_MODEL = ROOT / "mlx_optiq_ext" / "demo_model"
 START = "import mlx_optiq_ext; from mlx_lm.server import main; main()"
 HOST = "127.0.0.1"
 
@@ -26,20 +29,36 @@ START_TIMEOUT = 60.0
 SETTLE_TIMEOUT = 90.0
 
 
+ACCEPTED = re.compile(r"^spec_decode_num_accepted_tokens_total (\S+)", re.MULTILINE)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=FAMILIES, default="qwen")
+    parser.add_argument("--plain", action="store_true", help="serve it plainly")
+
+
+def speculation_flags(family: str) -> tuple[str, ...]:
+    """With which the demo model of a family is served speculatively."""
+    ((name, value),) = FAMILIES[family][1].items()
+    return (f"--{name}",) if value is True else (f"--{name}", str(value))
+
+
 class Served:
-    """A server of the demo model on a free port of the loopback interface.
+    """A server of a demo model on a free port of the loopback interface.
 
     Args:
+        family (str): Of the model.
         flags (str): Further flags of the server.
     """
 
-    def __init__(self, *flags: str):
+    def __init__(self, family: str, *flags: str):
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self.port: int = probe.getsockname()[1]
         self._folder = tempfile.TemporaryDirectory()
         self.log = Path(self._folder.name) / "server.log"
-        arguments = ["--model", str(DEMO_MODEL), "--port", str(self.port), *flags]
+        model, port = str(FAMILIES[family][0]), str(self.port)
+        arguments = ["--model", model, "--port", port, *flags]
         self._process = subprocess.Popen(
             [sys.executable, "-c", START, *arguments, "--log-level", "WARNING"],
             stdout=self.log.open("w"),
@@ -83,6 +102,14 @@ class Served:
         finally:
             connection.close()
 
+    def metrics(self) -> str:
+        connection = self.connect()
+        try:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
     def connect(self, timeout: float = 60.0) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(HOST, self.port, timeout=timeout)
 
@@ -111,6 +138,13 @@ def _without_rest(lines: list[str]) -> str:
     """The lines of a log up to the exception that ends a traceback."""
     ends = (i for i, line in enumerate(lines) if i and not line.startswith(" "))
     return "\n".join(lines[: next(ends, len(lines)) + 1])
+
+
+def check_speculation(served: Served) -> list[str]:
+    """See that a server has speculated."""
+    (count,) = ACCEPTED.findall(served.metrics())
+    print(f"{float(count):.0f} draft tokens accepted")
+    return [] if float(count) else ["no draft token was ever accepted"]
 
 
 class Baseline:

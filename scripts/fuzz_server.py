@@ -16,7 +16,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from _served import HOST, Baseline, Served, finish
+from _served import (
+    HOST,
+    Baseline,
+    Served,
+    add_flags,
+    check_speculation,
+    finish,
+    speculation_flags,
+)
 
 TIMEOUT = 5.0
 # Requests until nothing is larger than what was there before.
@@ -30,7 +38,14 @@ MESSAGES = [
 ]
 ANTHROPIC_TOOLS = [{"name": "f", "description": "", "input_schema": {"type": "object"}}]
 OPENAI_TOOLS = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
-SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": None, "stream": True}
+SAMPLING = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "seed": None,
+    "stream": True,
+    "num_draft_tokens": 2,
+}
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "/v1/messages": {
@@ -263,6 +278,7 @@ def judge(reply: bytes) -> str:
 
 def answer(served: Served) -> str:
     body = {"model": "claude-x", "max_tokens": 20, "messages": MESSAGES[1:2]}
+    body["temperature"] = 0
     status, reply = served.ask("POST", "/v1/messages", body)
     return reply["content"][0]["text"] if status == 200 else f"status {status}"
 
@@ -271,11 +287,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    add_flags(parser)
     arguments = parser.parse_args()
+    flags = () if arguments.plain else speculation_flags(arguments.family)
     chance = random.Random(arguments.seed)
     makers, weights = zip(*MAKERS, strict=True)
     outcomes: Counter[str] = Counter()
-    with Served() as served:
+    with Served(arguments.family, *flags) as served:
         expected = answer(served)
         baseline = None
         for number in range(arguments.num_requests):
@@ -293,6 +311,7 @@ def main() -> None:
         problems += baseline.problems() if baseline is not None else []
         if answer(served) != expected:
             problems.append(f"{answer(served)!r} is not the answer {expected!r}")
+        problems += check_speculation(served) if flags else []
         problems += served.tracebacks()
     print(dict(outcomes))
     finish(problems)

@@ -1,7 +1,8 @@
 """Keeps a server busy with mixed requests for long, and checks what it answers.
 
 Several clients at once ask by all three APIs, streamed and not, some of them leave in
-the middle, and some ask for nonsense. Everything stays on the loopback interface.
+the middle, and some ask for nonsense. What a plain server says, one request after
+another, is the right answer. Everything stays on the loopback interface.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from _served import Baseline, Served, finish
+from _served import (
+    Baseline,
+    Served,
+    add_flags,
+    check_speculation,
+    finish,
+    speculation_flags,
+)
 
 PROMPTS = (
     "Write a function.",
@@ -25,6 +33,7 @@ PROMPTS = (
     "Hello",
 )
 NUM_TOKENS = (1, 8, 40)
+NUM_DRAFT_TOKENS = (0, 1, 2, 3)
 WARM_UP = 20.0
 
 Case = tuple[str, str, int]
@@ -59,7 +68,10 @@ class Client:
         """Any of the questions with a known answer, streamed or not."""
         case = self._chance.choice(list(self._expected))
         stream = self._chance.random() < 0.5
-        found = ask(self._served, case, stream=stream)
+        num_draft_tokens = self._chance.choice(NUM_DRAFT_TOKENS)
+        found = ask(
+            self._served, case, stream=stream, num_draft_tokens=num_draft_tokens
+        )
         if found != self._expected[case]:
             self.problems.append(f"{case}: {found!r} is not {self._expected[case]!r}")
 
@@ -72,6 +84,10 @@ class Client:
         if self._chance.random() < 0.7:
             connection.getresponse().read(self._chance.randrange(1, 2000))
         connection.close()
+
+    def rest(self) -> None:
+        """Leave the server to the others, so that one is alone at times."""
+        time.sleep(4 * self._chance.random())
 
     def count(self) -> None:
         prompt = self._chance.choice(PROMPTS)
@@ -113,8 +129,8 @@ class Client:
 
 
 ACTIONS = (
-    ("ask", "leave", "count", "sample", "converse", "fail"),
-    (60, 10, 8, 10, 4, 8),
+    ("ask", "leave", "rest", "count", "sample", "converse", "fail"),
+    (60, 10, 10, 8, 10, 4, 8),
 )
 
 PATHS = {
@@ -132,11 +148,11 @@ def body_for(case: Case) -> dict[str, Any]:
     return {"model": "claude-x", "messages": messages, "max_tokens": num_tokens}
 
 
-def ask(served: Served, case: Case, *, stream: bool = False) -> str:
+def ask(served: Served, case: Case, *, stream: bool = False, **options: Any) -> str:
     """The text of the reply to a question."""
     connection = served.connect()
     try:
-        body = body_for(case) | {"stream": stream}
+        body = body_for(case) | {"temperature": 0, "stream": stream} | options
         connection.request("POST", PATHS[case[0]], json.dumps(body))
         reply = connection.getresponse()
         if stream:
@@ -181,11 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=6)
+    add_flags(parser)
     arguments = parser.parse_args()
-    # Bounded, so that what is kept on purpose does not look like a leak.
-    with Served("--prompt-cache-bytes", "32MB") as served:
-        cases = [(api, p, n) for api in PATHS for p in PROMPTS for n in NUM_TOKENS]
+    cases = [(api, p, n) for api in PATHS for p in PROMPTS for n in NUM_TOKENS]
+    with Served(arguments.family) as served:
         expected = {case: ask(served, case) for case in cases}
+    flags = () if arguments.plain else speculation_flags(arguments.family)
+    # Bounded, so that what is kept on purpose does not look like a leak.
+    flags += ("--prompt-cache-bytes", "32MB")
+    with Served(arguments.family, *flags) as served:
         clients = [Client(served, expected, seed) for seed in range(arguments.clients)]
         run(clients, min(WARM_UP, arguments.minutes * 60 / 4))
         baseline = Baseline(served)
@@ -198,6 +218,7 @@ def main() -> None:
             for case in cases
             if again[case] != expected[case]
         ]
+        problems += [] if arguments.plain else check_speculation(served)
         problems += served.tracebacks()
     print(dict(sum((client.outcomes for client in clients), Counter())))
     finish(problems)

@@ -15,6 +15,8 @@ from typing import Protocol
 import mlx.core as mx
 from mlx_lm import sample_utils
 
+from ._guard import unguarded
+
 Sampler = Callable[[mx.array], mx.array]
 
 
@@ -170,7 +172,7 @@ def rule_for(sampler: Sampler | None, is_timed: bool = False) -> AcceptanceRule:
     """
     if sampler is None or sampler is sample_utils.greedy_sampler:
         return Greedy()
-    settings = _make_sampler_settings(sampler)
+    settings = _make_sampler_settings(unguarded(sampler))
     if settings is None or (is_timed and any(map(_draws, settings[0]))):
         return ExactMatch(sampler)
     return (SharedNoise if is_timed else SpeculativeSampling)(*settings)
@@ -201,4 +203,5 @@ def is_pure(processor: Callable[[mx.array, mx.array], mx.array]) -> bool:
 
     mlx-lm's own depend on nothing but their arguments. Any other may keep state.
     """
-    return getattr(processor, "__module__", None) == sample_utils.__name__
+    module = getattr(unguarded(processor), "__module__", None)
+    return module == sample_utils.__name__

@@ -62,6 +62,10 @@ def _server() -> tuple[Patch, ...]:
         "ResponseGenerator._tokenize": ("tokenize", ("tokenizer", "request", "args")),
         "APIHandler.generate_response": ("with_counts", ()),
         "APIHandler.completion_usage_response": ("with_counts", ()),
+        "LRUPromptCache.fetch_nearest_cache": (
+            "fetch_nearest_cache",
+            ("model", "tokens"),
+        ),
         "scan_cache_dir": ("scan_cache_dir", ()),
         "_run_http_server": ("run_http_server", ("host", "response_generator")),
         "main": ("main", ()),

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from ._request import CommandLineRequest, command_line
+from ._request import CommandLineRequest, admission, command_line
 
 
 def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -22,16 +22,22 @@ def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (served := _served(instance.model)) is None:
+    if (arguments := admission.get()) is None:
         return wrapped(*args, **kwargs)
+    from ..serving._recovery import guard_sequences
+
+    admission.set(None)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
+    guard_sequences(call.arguments, arguments)
+    if (served := _served(instance.model)) is None:
+        return wrapped(*call.args, **call.kwargs)
     caches = call.arguments.get("caches") or [None] * len(call.arguments["segments"])
     call.arguments["caches"] = [
         served.make_cache(instance.max_kv_size) if cache is None else cache
         for cache in caches
     ]
     uids = wrapped(*call.args, **call.kwargs)
-    served.admit(uids, instance._find_uids(range(uids[-1] + 1)))
+    served.admit(uids, arguments, instance._find_uids(range(uids[-1] + 1)))
     return uids
 
 

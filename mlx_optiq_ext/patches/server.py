@@ -201,6 +201,7 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving import _generation
     from ..serving._sampling import recommend
     from ..serving._speculation import check_draft_tokens, speculation_of
+    from ._request import admission
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     tokenizer, request, arguments = call.args
@@ -214,10 +215,23 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             instance, tokenizer, request, arguments, tokenized
         )
     _generation.check_generation(tokenizer, arguments, tokenized[0])
-    if (served := speculation_of(instance.model_provider.model)) is not None:
+    if speculation_of(instance.model_provider.model) is not None:
         check_draft_tokens(arguments)
-        served.announce(arguments)
+    admission.set(arguments)
     return tokenized
+
+
+def fetch_nearest_cache(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    tokens = call.arguments["tokens"]
+    cache, rest = wrapped(*args, **kwargs)
+    if rest or not tokens:
+        return cache, rest
+    # A prompt that is all in the cache leaves no token to go on from: mlx-lm's thread
+    # would die of it.
+    call.arguments["tokens"] = tokens[:-1]
+    cache, rest = wrapped(*call.args, **call.kwargs)
+    return cache, [*rest, tokens[-1]]
 
 
 def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -1,4 +1,9 @@
-"""Keeps mlx-lm's generation thread going when a request breaks its loop."""
+"""Keeps mlx-lm's generation thread going when something of a request raises.
+
+Invariant: what a sampler or a logits processor raises ends the request that it belongs
+to and no other. Nothing tells whose fault it is when a forward pass raises, so that
+ends all that are being decoded, and not the server.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from ..decoding._guard import guard_processors, guard_sampler
 from ._errors import ClientGone
 from ._exchange import is_abandoned
 from ._state import state_of
@@ -15,13 +21,32 @@ def admit(generator: Any, request: Any) -> Any:
     """A request that is taken from the line, None if nobody waits for it any more."""
     if request is None:
         return None
-    queue = request[0]
+    queue, _, arguments = request
     # All ranks have to serve the same requests.
     if is_abandoned(queue) and not generator._is_distributed:
         queue.put(ClientGone("the client left before its turn"))
         return None
     state_of(generator).waiting.add(queue)
+    arguments.reply_queue = queue
     return request
+
+
+def guard_sequences(options: dict[str, Any], arguments: Any) -> None:
+    """Let what a sequence's sampler and logits processors raise end its request.
+
+    Whoever waits for the request's reply then stops it, which frees its row.
+
+    Args:
+        options (dict): Arguments of ``insert_segments``; changed in place.
+        arguments (GenerationArguments): Of the request.
+    """
+    report = arguments.reply_queue.put
+    if samplers := options.get("samplers"):
+        options["samplers"] = [guard_sampler(each, report) for each in samplers]
+    if processors := options.get("logits_processors"):
+        options["logits_processors"] = [
+            guard_processors(each, report) for each in processors
+        ]
 
 
 def run_again(generator: Any, loop: Callable[[], None]) -> None:

@@ -29,7 +29,6 @@ class ServedSpeculation:
 
     def __init__(self, model: nn.Module, drafter: Drafter):
         self._model = model
-        self._announced: Any = None
         self._by_sequence: dict[int, SequenceOptions] = {}
         self.drafter = drafter
 
@@ -37,24 +36,16 @@ class ServedSpeculation:
         """Those of a sequence in the batch."""
         return self._by_sequence[uid]
 
-    def announce(self, arguments: Any) -> None:
-        """Note whose sequence will be admitted next.
-
-        Args:
-            arguments (GenerationArguments): Of the request.
-        """
-        self._announced = arguments
-
-    def admit(self, uids: Sequence[int], alive: Container[int]) -> None:
-        """Give sequences the options of the request that was announced.
+    def admit(self, uids: Sequence[int], arguments: Any, alive: Container[int]) -> None:
+        """Give sequences the options that a request asks for.
 
         Args:
             uids (Sequence[int]): The sequences.
+            arguments (GenerationArguments): Of the request.
             alive (Container[int]): Those still being decoded; others are forgotten.
         """
         known = {uid: o for uid, o in self._by_sequence.items() if uid in alive}
-        options = options_of(self._announced)
-        self._by_sequence = known | dict.fromkeys(uids, options)
+        self._by_sequence = known | dict.fromkeys(uids, options_of(arguments))
 
     def make_cache(self, max_kv_size: int | None) -> list[Any]:
         """A prompt cache with the entries of the drafter at its end."""

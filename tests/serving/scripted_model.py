@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+MAX_ROWS = 9  # Of a verify pass.
+
 
 @dataclass
 class ModelArgs:
@@ -32,30 +34,41 @@ class Model(nn.Module):
 
     @property
     def layers(self):
-        return [None]
+        return [nn.Module()]
 
     def __call__(self, inputs, cache, **kwargs):
         keys = inputs.astype(mx.float32)[:, None, :, None]
         history, _ = cache[0].update_and_fetch(keys, keys)
         rows = history[:, 0, :, 0].astype(mx.int32).tolist()
         tokens = mx.array([self._next(row, inputs.shape[1]) for row in rows])
-        logits = mx.where(mx.arange(self.args.vocab_size) == tokens[:, None], 50.0, 0.0)
-        return mx.repeat(logits[:, None], inputs.shape[1], axis=1)
+        return mx.where(mx.arange(self.args.vocab_size) == tokens[..., None], 50.0, 0.0)
 
     def _next(self, row, num_new):
-        script = read_script(row)
-        if script is None:
-            return self.args.eos_token_id
-        ids = script["ids"]
-        num_said = max(
-            count
-            for count in range(min(len(ids), len(row)) + 1)
-            if row[len(row) - count :] == ids[:count]
-        )
+        """What follows each of the last tokens; earlier ones nobody asks about."""
+        script = read_script(row) or {"ids": []}
+        num_said = count_said(row, script["ids"])
         time.sleep(script.get("prefill_sleep" if num_new > 1 else "sleep", 0.0))
         if num_new == 1 and script.get("fail_at") == num_said:
             raise RuntimeError("scripted failure")
-        return [*ids, self.args.eos_token_id][num_said]
+        ends = range(len(row) - min(num_new, MAX_ROWS) + 1, len(row) + 1)
+        known = [next_token(row[:end], self.args.eos_token_id) for end in ends]
+        return [self.args.eos_token_id] * (num_new - len(known)) + known
+
+
+def next_token(row, eos_token_id):
+    script = read_script(row)
+    if script is None:
+        return eos_token_id
+    ids = script["ids"]
+    return [*ids, eos_token_id][count_said(row, ids)]
+
+
+def count_said(row, ids):
+    return max(
+        count
+        for count in range(min(len(ids), len(row)) + 1)
+        if row[len(row) - count :] == ids[:count]
+    )
 
 
 def read_script(row):

@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model
 
 from tests.helpers import DEMO
 
@@ -34,7 +38,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 # What two servers say differently, and what only one that speculates says.
-OWN = {"id", "item_id", "created", "created_at", "completed_at", "timings"}
+OWN = {"id", "item_id", "call_id", "created", "created_at", "completed_at", "timings"}
 OWN |= {"completion_tokens_details"}
 
 
@@ -46,6 +50,12 @@ class Reply(NamedTuple):
 
     @property
     def text(self) -> str:
+        """Of any of the routes."""
+        if text := "".join(map(_piece, self.events)):
+            return text
+        if "choices" not in self.events[0]:
+            parts = _parts(self.events[0])
+            return "".join(part.get("text", "") for part in parts)
         choices = [c for event in self.events for c in event.get("choices", ())]
         return "".join(
             choice.get("text")
@@ -73,6 +83,20 @@ class Pair(NamedTuple):
         for a, b in zip(found.events, expected.events, strict=True):
             assert_same(a, b)
         return found
+
+
+def _parts(event: Any) -> list[Any]:
+    """The parts of a reply that was not streamed, on the same routes."""
+    items = event.get("output", [event])
+    return [part for item in items for part in item.get("content", ())]
+
+
+def _piece(event: Any) -> str:
+    """The text in an event of the Anthropic or the Responses route."""
+    delta = event.get("delta", {})
+    if event.get("type") == "content_block_delta":
+        return delta.get("text", "")
+    return delta if event.get("type") == "response.output_text.delta" else ""
 
 
 def ask(server: ServerProcess, path: str, **options: Any) -> Reply:
@@ -174,6 +198,20 @@ def test_sampling_fields_mean_what_they_do_without_speculation(
         pair.compare(path, stream=stream, **options)
 
 
+@pytest.mark.parametrize("path", [ANTHROPIC, RESPONSES])
+def test_penalties_and_biases_count_on_the_other_routes(pair: Pair, path: str) -> None:
+    texts = {
+        pair.compare(path, stream=True, **options).text
+        for options in (
+            {},
+            {"repetition_penalty": 2.5},
+            {"presence_penalty": 4.0, "frequency_penalty": 6.0},
+            {"logit_bias": {"300": 50.0}},
+        )
+    }
+    assert len(texts) > 2
+
+
 def test_the_most_probable_tokens_are_those_without_speculation(pair: Pair) -> None:
     found, expected = (
         ask(server, CHAT, logprobs=True, top_logprobs=4) for server in pair
@@ -216,21 +254,36 @@ def test_a_request_with_a_seed_speculates(pair: Pair) -> None:
     assert assert_counts_add_up(reply)[0] > 0
 
 
-def test_concurrent_requests_give_the_texts_of_single_ones(pair: Pair) -> None:
-    bodies = [
-        {"prompt": f"{PROMPT[:k]}", "max_tokens": 8 + 5 * k} for k in range(3, 11)
-    ]
-    expected = [ask(pair.plain, COMPLETIONS, **body) for body in bodies]
+@pytest.mark.parametrize("path", BODIES)
+def test_concurrent_requests_give_the_texts_of_single_ones(
+    pair: Pair, path: str
+) -> None:
+    cases = [_nth_case(path, number) for number in range(8)]
+    expected = [ask(pair.plain, each, **body) for each, body in cases]
     with ThreadPoolExecutor(8) as pool:
-        found = list(
-            pool.map(lambda body: ask(pair.speculating, COMPLETIONS, **body), bodies)
-        )
-    for a, b in zip(found, expected, strict=True):
-        assert a.text == b.text
-        assert a.last["usage"]["completion_tokens"] == (
-            b.last["usage"]["completion_tokens"]
-        )
-        assert_counts_add_up(a)
+        found = [
+            *pool.map(lambda case: ask(pair.speculating, case[0], **case[1]), cases)
+        ]
+    for one, other, (each, body) in zip(found, expected, cases, strict=True):
+        assert one.text == other.text
+        assert one.text
+        if each in (COMPLETIONS, CHAT) and "stream" not in body:
+            assert_counts_add_up(one)
+
+
+def _nth_case(path: str, number: int) -> tuple[str, dict[str, Any]]:
+    """Requests of one route, streamed and not, with others among them."""
+    route = path if number % 4 else CHAT
+    limit = "max_output_tokens" if route == RESPONSES else "max_tokens"
+    text = PROMPT[: 6 + number]
+    body: dict[str, Any] = {limit: 8 + 5 * number}
+    if route == COMPLETIONS:
+        body["prompt"] = text
+    elif route == RESPONSES:
+        body["input"] = text
+    else:
+        body["messages"] = [{"role": "user", "content": text}]
+    return route, body | ({"stream": True} if number % 2 else {})
 
 
 @pytest.mark.parametrize("seed", [{}, {"seed": 5}], ids=["batch", "single"])
@@ -269,6 +322,78 @@ def test_a_client_that_leaves_frees_its_row(pair: Pair) -> None:
         assert found.text == expected.text
     # Alone again, which it would not be if their rows were still there.
     assert assert_counts_add_up(found)[0] > 0
+
+
+@pytest.mark.parametrize("seed", [{}, {"seed": 5}], ids=["batch", "single"])
+def test_a_reply_that_was_cut_off_leaves_a_valid_cache(
+    pair: Pair, seed: dict[str, int]
+) -> None:
+    prompt = f"def cancelled_{len(seed)}(self, path):\n"
+    body = BODIES[COMPLETIONS] | {"prompt": prompt, "max_tokens": 3000}
+    body |= {"stream": True, "temperature": 0} | seed
+    for num_events in (1, 6, 17):
+        port = pair.speculating.port
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", COMPLETIONS, json.dumps(body))
+        response = connection.getresponse()
+        lines = (line for line in response if line.startswith(b"data: {"))
+        events = [json.loads(line[6:]) for line in islice(lines, num_events)]
+        response.close()
+        connection.close()
+        said = Reply(200, events).text
+        assert said
+        for text in (prompt, prompt + said, prompt + said[:2]):
+            found, expected = (
+                ask(server, COMPLETIONS, prompt=text, **seed) for server in pair
+            )
+            assert found.text == expected.text
+
+
+@pytest.mark.parametrize("seed", [{}, {"seed": 5}], ids=["batch", "single"])
+def test_a_prompt_may_be_all_in_the_cache(pair: Pair, seed: dict[str, int]) -> None:
+    prompt = f"class Known{len(seed)}:\n    def"
+    expected = pair.compare(COMPLETIONS, prompt=prompt, **seed).text
+    # What is kept of a prompt is all of it but its last token.
+    pair.compare(COMPLETIONS, prompt=f"{prompt} get", max_tokens=1)
+    for server in pair:
+        found = ask(server, COMPLETIONS, prompt=prompt, **seed)
+        usage = found.last["usage"]
+        assert found.text == expected
+        num_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert num_cached < usage["prompt_tokens"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Low-rank weights for the demo model that change what it says."""
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = {"rank": 4, "scale": 8.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model, _ = load_model(DEMO)
+    linear_to_lora_layers(model, 4, settings)
+    keys = mx.random.split(mx.random.key(3), 1000)
+    weights = {
+        name: mx.random.normal(value.shape, key=key) * 0.05
+        for key, (name, value) in zip(
+            keys, tree_flatten(model.parameters()), strict=False
+        )
+        if "lora_" in name
+    }
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    return folder
+
+
+def test_an_adapter_changes_the_target_and_not_the_exactness(
+    pair: Pair, adapter: Path
+) -> None:
+    base = pair.compare(CHAT)
+    adapted = pair.compare(CHAT, adapters=str(adapter), model=str(DEMO) + "/")
+    assert adapted.text != base.text
+    assert assert_counts_add_up(adapted)[0] > 0
+    again = pair.compare(CHAT)
+    assert again.text == base.text
+    assert assert_counts_add_up(again)[0] > 0
 
 
 def test_a_quantised_cache_is_speculated_on(start_server: Starter) -> None:
