@@ -39,7 +39,7 @@ def test_demo_shows_both_texts_and_what_differs(family: str) -> None:
     assert report["Plain"].endswith("tokens-per-sec")
     assert float(report["Speed-up"]) > 0
     assert report["Draft tokens accepted"].endswith("%")
-    assert report["Mean accepted length"].strip().startswith("1.")
+    assert 1 < float(report["Mean accepted length"].split()[0]) < 9
 
 
 def test_demo_says_where_the_model_is() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .._options import MAX_DRAFT_TOKENS
+
 PACKAGE = Path(__file__).parents[1]
 MODEL = PACKAGE / "demo_model"
 GEMMA = PACKAGE / "demo_gemma"
@@ -35,10 +37,13 @@ NUM_WARM_UP_TOKENS = 16
 @click.option("--prompt", default=PROMPT, help="Text to continue.")
 @click.option("--max-tokens", default=200, show_default=True)
 @click.option(
-    "--num-draft-tokens", type=click.IntRange(1, 8), default=1, show_default=True
+    "--num-draft-tokens",
+    type=click.Choice(["auto", *map(str, range(1, MAX_DRAFT_TOKENS + 1))]),
+    default="auto",
+    show_default=True,
 )
 def demo(
-    family: str, path: bool, prompt: str, max_tokens: int, num_draft_tokens: int
+    family: str, path: bool, prompt: str, max_tokens: int, num_draft_tokens: str
 ) -> None:
     """Decode with an embedded model, plain and with its drafter."""
     folder, drafter = FAMILIES[family]
@@ -49,7 +54,9 @@ def demo(
 
     warnings.filterwarnings("ignore", message="Speculation with an MTP head")
     model, tokenizer = load(str(folder))
-    speculation = {**drafter, "num_draft_tokens": num_draft_tokens}
+    is_auto = num_draft_tokens == "auto"
+    depth = num_draft_tokens if is_auto else int(num_draft_tokens)
+    speculation = {**drafter, "num_draft_tokens": depth}
     for options in ({}, speculation):
         _run(model, tokenizer, prompt, NUM_WARM_UP_TOKENS, options)
     click.secho("Plain", bold=True)
