@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 
 from mlx_optiq_ext.cli import main
 from mlx_optiq_ext.heads import Host, load_head, quantization_of
-from tests.heads.test_hub import INDEX, Hub, hub, hub_cache
+from tests.heads.test_hub import COMMIT, INDEX, Hub, hub, hub_cache
 from tests.heads.variants import DENSE, MOE, assert_same, checkpoint, write
 from tests.helpers import DEMO
 
@@ -131,6 +131,15 @@ def test_a_model_that_is_not_in_a_folder_is_refused(place, target):
     code, output = extract(place / "original", "--into", target)
     assert code == 1
     assert f"Error: {target} is no folder with a config.json" in output
+
+
+def test_a_model_in_the_hubs_cache_is_refused(place, tmp_path):
+    snapshot = tmp_path / "models--org--model" / "snapshots" / COMMIT
+    shutil.copytree(place / "lost", snapshot)
+    before = contents(snapshot)
+    code, output = extract(place / "original", "--into", snapshot)
+    assert (code, contents(snapshot)) == (1, before)
+    assert "is in the Hub's cache, which is not changed" in output
 
 
 def test_weights_that_cannot_be_read_are_an_error(place, lost):

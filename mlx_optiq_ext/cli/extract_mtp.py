@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-NO_FOLDER = (
-    "{} is no folder with a config.json, expected that of a converted model. Models in "
-    "the Hub's cache are not changed: download one into a folder (hf download ORG/NAME "
-    "--local-dir FOLDER), or use the head from where it is with --mtp {}."
+UNFIT = (
+    "{} {}, expected the folder of a converted model. Download one with hf download "
+    "ORG/NAME --local-dir FOLDER, or use the head from where it is with --mtp {}."
 )
+NO_MODEL = "is no folder with a config.json"
+IN_CACHE = "is in the Hub's cache, which is not changed"
 
 
 @click.command("extract-mtp")
@@ -48,10 +49,13 @@ def extract_mtp(
     as the model is unless an option says otherwise. If anything fails, the model stays
     as it was.
     """
-    if not (folder / "config.json").is_file():
-        raise click.ClickException(NO_FOLDER.format(folder, source))
     from ..heads import add_sidecar
+    from ..heads._hub import repo_of_snapshot
 
+    if not (folder / "config.json").is_file():
+        raise click.ClickException(UNFIT.format(folder, NO_MODEL, source))
+    if repo_of_snapshot(folder.absolute()):
+        raise click.ClickException(UNFIT.format(folder, IN_CACHE, source))
     try:
         head = _head_for(source, folder, q_bits, q_group_size, q_mode)
         _evaluate(head)

@@ -6,7 +6,7 @@ Of these places the first that holds a head is read:
 place                                                 written by
 ====================================================  ================================
 ``mlx_lm_extra_tensors.mtp_file`` of ``config.json``  mlx-optiq, MTPLX
-``optiq/mtp.safetensors``                             mlx-optiq
+``optiq/mtp.safetensors``                             mlx-optiq, this package
 ``mtp.safetensors``, ``mtp/weights.safetensors``,     sidecars beside a converted model
 ``model-mtp.safetensors``
 ``mtp.*``, ``language_model.mtp.*`` in the shards     Qwen; converters that keep it
