@@ -7,6 +7,8 @@ import click
 from .. import __version__
 from .bench import bench
 from .demo import demo
+from .doctor import doctor
+from .extract_mtp import extract_mtp
 from .status import status
 
 
@@ -18,4 +20,6 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(demo)
+main.add_command(doctor)
+main.add_command(extract_mtp)
 main.add_command(status)

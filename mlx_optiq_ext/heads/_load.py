@@ -30,7 +30,15 @@ def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHe
     Raises:
         SpeculationError: If there is no head, or not one for this model.
     """
-    stored = find_head(source)
+    return build_head(find_head(source), args, dtype)
+
+
+def build_head(stored: StoredHead, args: TextModelArgs, dtype: mx.Dtype) -> MTPHead:
+    """Make a head of the tensors that were found; arguments as ``load_head``'s.
+
+    Raises:
+        SpeculationError: If it is not one for this model.
+    """
     weights = rename(stored)
     _check_kind(stored, weights)
     with random_state_kept():

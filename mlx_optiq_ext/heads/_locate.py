@@ -65,14 +65,26 @@ def find_head(source: str | Path) -> StoredHead:
     Raises:
         SpeculationError: If there is none, or its files cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        head = _read([path], _read_json(path.with_name(_hub.CONFIG), default={}))
-    else:
-        path, head = _search_folder(source, path)
+    path, head = search(source)
     if head is None:
         raise _not_found(path)
     return head
+
+
+def search(source: str | Path) -> tuple[Path, StoredHead | None]:
+    """Where a head was looked for in the end, and the head if it is there.
+
+    Args:
+        source (str or Path): As for ``find_head``.
+
+    Raises:
+        SpeculationError: If there is no such place, or its files cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        config = _read_json(path.with_name(_hub.CONFIG), default={})
+        return path, _read([path], config)
+    return _search_folder(source, path)
 
 
 def sidecar_names(config: Mapping[str, Any]) -> list[str]:
@@ -215,7 +227,8 @@ def _not_found(path: Path) -> SpeculationError:
     return SpeculationError(
         f"Cannot speculate: there is no MTP head in {path}: tensors named mtp.* or "
         f"language_model.mtp.* were looked for in {', '.join(dict.fromkeys(names))}. "
-        "mlx_lm.convert leaves the head out. Pass one with --mtp PATH (from Python "
-        'mtp="PATH"): a .safetensors file, a folder, or a Hub id such as that of the '
-        "original model."
+        "mlx_lm.convert leaves the head out where this extension is not on. Pass one "
+        'with --mtp PATH (from Python mtp="PATH"): a .safetensors file, a folder, or a '
+        "Hub id such as that of the original model; mlx-optiq-ext extract-mtp adds it "
+        "to the model for good."
     )

@@ -32,13 +32,22 @@ _CLEAR_MEANS = {
 }
 
 
-class _Evidence(NamedTuple):
+class Evidence(NamedTuple):
+    """One thing that tells a convention, and what it tells."""
+
     convention: str
     observation: str
 
 
 def restore_norms(stored: StoredHead, weights: Tensors) -> Tensors:
-    """Make the norms of a head absolute.
+    """Make the norms of a head absolute; arguments and errors as ``told_norms``'s."""
+    if told_norms(stored, weights).convention == _ABSOLUTE:
+        return weights
+    return weights | {name: weights[name] + 1 for name in _CLEAR_MEANS}
+
+
+def told_norms(stored: StoredHead, weights: Tensors) -> Evidence:
+    """The convention of a head's norms, with the best evidence for it.
 
     What stands beside the head decides, else the norms of its layer; the others are
     below 1 in either convention. Whatever is clear must agree.
@@ -62,27 +71,25 @@ def restore_norms(stored: StoredHead, weights: Tensors) -> Tensors:
             f"needs them. The means of {', '.join(_CLEAR_MEANS)} do not tell, nor does "
             "anything in its files. Pass the original model's head with --mtp PATH."
         )
-    if _ABSOLUTE in conventions:
-        return weights
-    return weights | {name: weights[name] + 1 for name in _CLEAR_MEANS}
+    return evidence[0]
 
 
-def _stored_evidence(stored: StoredHead) -> list[_Evidence]:
+def _stored_evidence(stored: StoredHead) -> list[Evidence]:
     if stored.trunk_is_raw is not None:
         layout, convention = (
             ("that of the original model", _ZERO_CENTRED)
             if stored.trunk_is_raw
             else ("converted", _ABSOLUTE)
         )
-        return [_Evidence(convention, f"the trunk stored with it is {layout}")]
+        return [Evidence(convention, f"the trunk stored with it is {layout}")]
     if not stored.is_prefixed:
-        return [_Evidence(_ABSOLUTE, "its names lack the prefix of the original")]
+        return [Evidence(_ABSOLUTE, "its names lack the prefix of the original")]
     if stored.is_mlx_format:
-        return [_Evidence(_ABSOLUTE, "its files are marked as written for MLX")]
+        return [Evidence(_ABSOLUTE, "its files are marked as written for MLX")]
     return []
 
 
-def _clear_norms(weights: Tensors) -> dict[str, _Evidence]:
+def _clear_norms(weights: Tensors) -> dict[str, Evidence]:
     means = mx.stack([weights[name].astype(mx.float32).mean() for name in _CLEAR_MEANS])
     evidence = {}
     for (name, (low, high)), mean in zip(
@@ -90,11 +97,11 @@ def _clear_norms(weights: Tensors) -> dict[str, _Evidence]:
     ):
         if mean < low or mean > high:
             convention = _ZERO_CENTRED if mean < low else _ABSOLUTE
-            evidence[name] = _Evidence(convention, f"{name} has a mean of {mean:.2f}")
+            evidence[name] = Evidence(convention, f"{name} has a mean of {mean:.2f}")
     return evidence
 
 
-def _contradiction(evidence: list[_Evidence]) -> str:
+def _contradiction(evidence: list[Evidence]) -> str:
     sides = {
         convention: ", ".join(
             e.observation for e in evidence if e.convention == convention

@@ -9,12 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.utils import get_total_parameters
 
 from .._errors import SpeculationError
-from ..heads import MTPHead, load_head
+from ..heads import MTPHead, check_type, dtype_of_states, load_head
 from ._swap import add_mixin
 
 # Models called 4B have a little more or less.
@@ -97,15 +96,12 @@ def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
     Raises:
         SpeculationError: If the model has no head or cannot have one.
     """
-    _check_type(model)
+    check_type(model)
     place = _place(model, source)
     if getattr(model, "_mtp_loaded_from", None) == place:
         return model._mtp
     _check_is_whole(model)
-    text_model = model.language_model
-    # Weights do not tell the type of a quantised model's states. Not evaluated.
-    states = text_model.model(mx.zeros((1, 1), mx.int32))
-    head = load_head(place, text_model.args, states.dtype)
+    head = load_head(place, model.language_model.args, dtype_of_states(model))
     # Not by nn.Module.__setattr__, which would make the head one of the submodules.
     object.__setattr__(model, "_mtp", head)
     object.__setattr__(model, "_mtp_loaded_from", place)
@@ -113,15 +109,6 @@ def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
     if get_total_parameters(model) < _MIN_NUM_PARAMETERS:
         _warn_of_small_model()
     return head
-
-
-def _check_type(model: nn.Module) -> None:
-    if not isinstance(model, qwen3_5.Model):
-        name = getattr(model, "model_type", type(model).__name__)
-        raise SpeculationError(
-            f"Cannot speculate with an MTP head: the model is of type {name}, and only "
-            "qwen3_5 and qwen3_5_moe have a head that is supported."
-        )
 
 
 def _check_is_whole(model: nn.Module) -> None:

@@ -103,6 +103,14 @@ PATCHES: tuple[Patch, ...] = (
         ("model_path",),
     ),
     Patch(
+        "mlx_lm.utils",
+        "save",
+        f"{_HERE}.convert:save",
+        ("dst_path", "src_path_or_repo", "model", "config"),
+    ),
+    Patch("mlx_lm.convert", "convert", f"{_HERE}.convert:convert", ("hf_path",)),
+    Patch("mlx_lm.convert", "configure_parser", f"{_HERE}.convert:configure_parser"),
+    Patch(
         "mlx_lm.generate",
         "generate",
         f"{_HERE}.generate:generate",

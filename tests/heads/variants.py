@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from mlx_lm.models.qwen3_5 import TextModelArgs
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from mlx_optiq_ext.heads import MTPHead, load_head
+from tests.helpers import DEMO
 
 ORACLE = Path(__file__).parent.parent / "oracle"
 DENSE = "qwen35_tiny"
 MOE = "qwen35_tiny_moe"
+
+PACKED = ("weight", "scales", "biases")
 
 Tensors = dict[str, mx.array]
 
@@ -132,3 +136,50 @@ def load(folder: Path) -> nn.Module:
     model, _ = load_model(folder)
     model._mtp_source = folder
     return model
+
+
+def checkpoint(kind: str, folder: Path, dtype: mx.Dtype = mx.float32) -> Path:
+    """An original checkpoint with sizes that can be quantised, and a tokenizer."""
+    config, trunk, head = oracle(kind)
+    wider = {96: 128} if kind == DENSE else {24: 64, 48: 128}
+    for name in config["text_config"].keys() & {
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    }:
+        config["text_config"][name] = wider[config["text_config"][name]]
+    mx.random.seed(0)
+    tensors = {
+        name: (_widened(x, wider) if ".mlp." in name else x).astype(dtype)
+        for name, x in (trunk | prefixed(head)).items()
+    }
+    write(folder, config, {"model.safetensors": tensors}, {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+    return folder
+
+
+def _widened(x: mx.array, sizes: dict[int, int]) -> mx.array:
+    shape = [sizes.get(size, size) for size in x.shape]
+    return x if shape == [*x.shape] else mx.random.normal(shape, scale=0.05)
+
+
+def in_full(head: nn.Module) -> Tensors:
+    """The tensors of a head, quantised layers put in full."""
+    tensors = parameters(head)
+    for path, module in head.named_modules():
+        if hasattr(module, "bits"):
+            packed = [tensors.pop(f"{path}.{name}", None) for name in PACKED]
+            tensors[f"{path}.weight"] = mx.dequantize(
+                *packed, module.group_size, module.bits, module.mode
+            )
+    return tensors
+
+
+def assert_equal(found: Tensors, expected: Tensors) -> None:
+    """Assert that tensors have the same names and the same numbers, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert mx.array_equal(
+            found[name].astype(mx.float32), x.astype(mx.float32)
+        ), name

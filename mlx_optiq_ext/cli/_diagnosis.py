@@ -1,0 +1,268 @@
+"""What `mlx-optiq-ext doctor` finds out about a model and its drafter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import ModelCard
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.utils import get_total_parameters
+
+from .. import _comparing, patches
+from .._checkpoints import find_folder
+from .._errors import SpeculationError
+from ..drafters import (
+    DraftModelDrafter,
+    GemmaAssistantDrafter,
+    MTPDrafter,
+    as_drafter,
+)
+from ..heads import MODEL_TYPES, describe_head, quantization_of
+from ..heads._hub import repo_of_snapshot
+from ..mixins.qwen3_5 import attach_mtp
+
+Report = dict[str, Any]
+Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
+
+MAX_TOKENS = 64
+KINDS: dict[type, str] = {
+    MTPDrafter: "MTP head",
+    GemmaAssistantDrafter: "assistant",
+    DraftModelDrafter: "draft model",
+}
+# Natural logarithms of probability. Between tokens that are closer than this, kernels
+# for one row and for several may decide differently; farther off something is wrong.
+NEAR_TIE = 0.7
+# Published heads and assistants reach 0.3 to 0.9. One that belongs to another model, or
+# whose norms are of the wrong convention, is right by chance only.
+MIN_ACCEPTANCE_RATE = 0.1
+
+LOST = (
+    "The usual cause is a conversion that left the head out. To get it back: "
+    "mlx-optiq-ext extract-mtp {original} --into {folder}"
+)
+LOST_IN_CACHE = (
+    "The usual cause is a conversion that left the head out. The original model's can "
+    "be used from where it is: --mtp {original}"
+)
+NO_DRAFTER = (
+    "It has no MTP head. Pass --draft PATH: for a Gemma-4 model its -assistant model, "
+    "for another one a smaller model with the same tokenizer."
+)
+
+
+def diagnose(
+    source: str,
+    mtp: str | None,
+    draft: str | None,
+    num_draft_tokens: int,
+    track: Track,
+) -> Report:
+    """Examine a model and its drafter, and try them if nothing stands against it.
+
+    Args:
+        source (str): The model, a folder or Hub id.
+        mtp (str, optional): Where the MTP head is, if not beside the model.
+        draft (str, optional): Another drafter.
+        num_draft_tokens (int): Draft tokens in a round.
+        track (Callable): Passes on the prompts while they are tried.
+    """
+    names = ("model", "drafter", "memory", "test", "problem", "to_do")
+    report: Report = dict.fromkeys(names)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patches.enable()
+            _examine(report, source, mtp, draft, num_draft_tokens, track)
+    # Whatever is wrong with a checkpoint is what this is for.
+    except Exception as error:
+        is_ours = isinstance(error, SpeculationError)
+        report["problem"] = (
+            str(error) if is_ours else f"{type(error).__name__}: {error}"
+        )
+    return report | _judge(report)
+
+
+def _examine(
+    report: Report,
+    source: str,
+    mtp: str | None,
+    draft: str | None,
+    num_draft_tokens: int,
+    track: Track,
+) -> None:
+    folder = find_folder(source)
+    model, tokenizer, _ = load(source, lazy=True, return_config=True)
+    report["model"] = {"path": str(folder), **_describe_model(model)}
+    if draft is None:
+        report["to_do"] = _how_to_get(model, folder)
+    drafter = as_drafter(draft, model) if draft else _bind_head(model, mtp)
+    report["drafter"] = _describe_drafter(drafter, model, mtp, draft)
+    report["memory"] = _expect_memory(report, model, draft)
+    report["to_do"] = None
+    speculation = {"draft": drafter, "num_draft_tokens": num_draft_tokens}
+    report["test"] = _try(model, tokenizer, speculation, track)
+
+
+def _bind_head(model: nn.Module, mtp: str | None) -> Any:
+    attach_mtp(model, mtp)
+    return MTPDrafter(model)
+
+
+def _how_to_get(model: nn.Module, folder: Path) -> str:
+    if getattr(model, "model_type", None) not in MODEL_TYPES:
+        return NO_DRAFTER
+    text = LOST_IN_CACHE if repo_of_snapshot(folder) else LOST
+    return text.format(original=_original(folder) or "ORIGINAL", folder=folder)
+
+
+def _original(folder: Path) -> str | None:
+    """The model that a model was made from, says its card."""
+    try:
+        base_model = ModelCard.load(folder / "README.md").data.base_model
+    except Exception:  # There is none, or it is not understood.
+        return None
+    return base_model[0] if isinstance(base_model, list) else base_model
+
+
+def _describe_model(model: nn.Module) -> Report:
+    return {
+        "type": getattr(model, "model_type", type(model).__module__),
+        "num_layers": len(model.layers),
+        **_describe_weights(model),
+    }
+
+
+def _describe_weights(module: nn.Module) -> Report:
+    arrays = [array for _, array in tree_flatten(module.parameters())]
+    sizes: Counter[str] = Counter()
+    for array in arrays:
+        if mx.issubdtype(array.dtype, mx.floating):
+            sizes[str(array.dtype).removeprefix("mlx.core.")] += array.size
+    kinds = Counter(
+        f"{x['bits']}-bit {x['mode']}, group size {x['group_size']}"
+        for x in quantization_of(module).values()
+    )
+    return {
+        "num_parameters": get_total_parameters(module),
+        "num_bytes": sum(array.nbytes for array in arrays),
+        "dtype": sizes.most_common(1)[0][0] if sizes else None,
+        "quantization": dict(kinds.most_common()),
+    }
+
+
+def _describe_drafter(
+    drafter: Any, model: nn.Module, mtp: str | None, draft: str | None
+) -> Report:
+    head = getattr(model, "_mtp", None)
+    if head is None:
+        modules = [
+            x
+            for x in vars(drafter).values()
+            if isinstance(x, nn.Module) and x is not model
+        ]
+        weights = _describe_weights(modules[0]) if modules else {}
+        kind = KINDS.get(type(drafter), type(drafter).__name__)
+        return {"kind": kind, "source": draft, **weights}
+    description = asdict(describe_head(model._mtp_loaded_from))
+    description["files"] = [str(file) for file in description["files"]]
+    return {
+        "kind": KINDS[MTPDrafter],
+        "source": draft or mtp or model._mtp_loaded_from,
+        **description,
+        **_describe_weights(head),
+    }
+
+
+def _expect_memory(report: Report, model: nn.Module, draft: str | None) -> Report:
+    found = {
+        "model_bytes": report["model"]["num_bytes"],
+        "drafter_bytes": report["drafter"].get("num_bytes", 0),
+        "drafter_bytes_per_token": 0,
+        "device_bytes": mx.device_info().get("memory_size"),
+    }
+    if (head := getattr(model, "_mtp", None)) is not None:
+        attention = head.layers[0].self_attn
+        size = attention.num_key_value_heads * attention.head_dim
+        found["drafter_bytes_per_token"] = 2 * size * head.norm.weight.itemsize
+    needed = found["model_bytes"] + found["drafter_bytes"]
+    if (device := found["device_bytes"]) and needed > device:
+        report["memory"] = found
+        raise SpeculationError(
+            f"model and drafter need {needed / 1e9:.1f} GB of memory, this machine has "
+            f"{device / 1e9:.1f} GB"
+        )
+    return found
+
+
+def _try(
+    model: nn.Module, tokenizer: Any, speculation: dict[str, Any], track: Track
+) -> Report:
+    texts = list(_comparing.PROMPTS.items())
+    first = _comparing.chat_prompt(tokenizer, texts[0][1])
+    _comparing.warm_up(model, tokenizer, first, [speculation])
+    compared = {}
+    for name, text in track(texts):
+        prompt = _comparing.chat_prompt(tokenizer, text)
+        (compared[name],) = _comparing.compare(
+            model, tokenizer, prompt, [speculation], max_tokens=MAX_TOKENS
+        )
+    stats = [x.stats for x in compared.values()]
+    num_accepted = sum(x.num_accepted for x in stats)
+    return {
+        "num_draft_tokens": speculation["num_draft_tokens"],
+        "acceptance_rate": num_accepted / max(sum(x.num_drafted for x in stats), 1),
+        "mean_accepted_length": 1
+        + num_accepted / max(sum(x.num_rounds for x in stats), 1),
+        "speed_up": math.prod(x.speed_up for x in compared.values())
+        ** (1 / len(compared)),
+        "prompts": {name: _describe(x) for name, x in compared.items()},
+    }
+
+
+def _describe(compared: _comparing.Comparison) -> Report:
+    difference = compared.difference
+    return {
+        "num_tokens": compared.num_tokens,
+        "plain_tps": compared.plain_tps,
+        "speculative_tps": compared.speculative_tps,
+        "acceptance_rate": compared.stats.acceptance_rate,
+        "difference": None if difference is None else asdict(difference),
+    }
+
+
+def _judge(report: Report) -> Report:
+    """Whether speculation will work, whether it pays here, and both in one line."""
+    test = report["test"]
+    if test is None:
+        verdict = "speculation will not work"
+        return {"works": False, "pays": None, "verdict": verdict}
+    differences = [x["difference"] for x in test["prompts"].values()]
+    margin = max((x["margin"] for x in differences if x is not None), default=0.0)
+    accepted, speed_up = test["acceptance_rate"], test["speed_up"]
+    measured = f"{speed_up:.2f}x, measured on built-in prompts"
+    if margin > NEAR_TIE:
+        verdict = (
+            "speculation is wrong here: it changes a token that plain decoding prefers "
+            f"by {margin:.2f}, which rounding does not explain"
+        )
+    elif accepted < MIN_ACCEPTANCE_RATE:
+        verdict = (
+            f"speculation will not work: {accepted:.1%} of draft tokens are accepted, "
+            "so the drafter is that of another model or damaged"
+        )
+    elif speed_up > 1:
+        verdict = f"speculation works and pays here: {measured}"
+    else:
+        verdict = f"speculation works but does not pay here: {measured}"
+    works = margin <= NEAR_TIE and accepted >= MIN_ACCEPTANCE_RATE
+    return {"works": works, "pays": works and speed_up > 1, "verdict": verdict}

@@ -1,0 +1,106 @@
+"""`mlx-optiq-ext extract-mtp`: a converted model gets its head back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+UNFIT = (
+    "{} {}, expected the folder of a converted model. Download one with hf download "
+    "ORG/NAME --local-dir FOLDER, or use the head from where it is with --mtp {}."
+)
+NO_MODEL = "is no folder with a config.json"
+IN_CACHE = "is in the Hub's cache, which is not changed"
+
+
+@click.command("extract-mtp")
+@click.argument("source")
+@click.option(
+    "--into",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="The folder of a converted Qwen3.5 or Qwen3.6 model.",
+)
+@click.option(
+    "--q-bits", type=click.IntRange(min=1), help="Bits of the head's weights."
+)
+@click.option(
+    "--q-group-size",
+    type=click.IntRange(min=1),
+    help="Number of weights that share a scale.",
+)
+@click.option("--q-mode", type=click.Choice(MODES), help="Mode of quantisation.")
+def extract_mtp(
+    source: str,
+    folder: Path,
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_mode: str | None,
+) -> None:
+    """Add the MTP head of SOURCE to a model that has lost it.
+
+    SOURCE is a folder, a .safetensors file or a Hub id, such as that of the original
+    model, of which only the files with the head are downloaded. The head is quantised
+    as the model is unless an option says otherwise. If anything fails, the model stays
+    as it was.
+    """
+    from ..heads import add_sidecar
+    from ..heads._hub import repo_of_snapshot
+
+    if not (folder / "config.json").is_file():
+        raise click.ClickException(UNFIT.format(folder, NO_MODEL, source))
+    if repo_of_snapshot(folder.absolute()):
+        raise click.ClickException(UNFIT.format(folder, IN_CACHE, source))
+    try:
+        head = _head_for(source, folder, q_bits, q_group_size, q_mode)
+        _evaluate(head)
+        file = add_sidecar(folder, head)
+    # What a model or a disk can get wrong; SpeculationError is a ValueError.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    size = file.stat().st_size / 1e6
+    click.echo(f"Added the MTP head of {source}: {file}, {size:.1f} MB")
+    click.echo(f"To check it: mlx-optiq-ext doctor {folder}")
+
+
+def _head_for(
+    source: str,
+    folder: Path,
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+) -> Any:
+    from mlx_lm.utils import load_model
+
+    from ..heads import (
+        Host,
+        dequantize_head,
+        load_head,
+        quantize_head,
+        uniform_quantization,
+    )
+
+    model, _ = load_model(folder, lazy=True)
+    host = Host.of(model)
+    head = load_head(source, host.args, host.dtype)
+    if not any((bits, group_size, mode)):
+        return quantize_head(head, host.quantization)
+    dequantize_head(head, host.dtype)
+    params = uniform_quantization(head, bits, group_size, mode or "affine")
+    return quantize_head(head, params)
+
+
+def _evaluate(head: Any) -> None:
+    """Quantise, which until now was only planned."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    arrays = [array for _, array in tree_flatten(head.parameters())]
+    with click.progressbar(arrays, label="Quantising", show_eta=False) as progress:
+        for array in progress:
+            mx.eval(array)

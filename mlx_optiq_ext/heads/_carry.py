@@ -1,0 +1,43 @@
+"""Bringing a head along when its model is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ._head import MTPHead
+from ._host import Host, dequantize_head, quantize_head
+from ._load import build_head
+from ._locate import search
+
+
+def carry_head(
+    sources: Iterable[str | Path], host: Host, config: dict[str, Any]
+) -> MTPHead | None:
+    """The head of a model in the precision that the model is written in.
+
+    Layers that are stored quantised stay as they are, like mlx-lm's, unless the model
+    was quantised and is no more.
+
+    Args:
+        sources (Iterable): Folders, files or Hub ids; the first with a head counts.
+        host (Host): The model that is written.
+        config (dict): Its configuration.
+
+    Returns:
+        MTPHead, or None if there is no head in any of the sources.
+
+    Raises:
+        SpeculationError: If there is a head that cannot be that of the model, or a
+          source cannot be looked into.
+    """
+    for source in sources:
+        _, stored = search(source)
+        if stored is None:
+            continue
+        head = build_head(stored, host.args, host.dtype)
+        if "quantization" in stored.config and "quantization" not in config:
+            dequantize_head(head, host.dtype)
+        return quantize_head(head, host.quantization)
+    return None

@@ -1,0 +1,94 @@
+"""Wrappers for what writes models in mlx-lm: their MTP head is kept.
+
+``mlx_lm.utils.save`` is called by ``convert``, ``fuse`` and the commands that learn a
+quantisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import warnings
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from .._errors import SpeculationError
+
+NO_MTP_HELP = (
+    "Drop the multi-token-prediction head. By default that of Qwen3.5 and Qwen3.6 "
+    "models is kept, quantised as the model is."
+)
+NOT_KEPT = (
+    "The model is written without its MTP head: {} Pass --no-mtp (from Python "
+    "mtp=False) if that is meant; mlx-optiq-ext extract-mtp ORIGINAL --into {} adds "
+    "a head later."
+)
+DECLARED = "its config.json says that there is one, and none was found in {}."
+
+keeps_head: ContextVar[bool] = ContextVar("keeps_head", default=True)
+
+
+def configure_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    parser = wrapped(*args, **kwargs)
+    # Without the flag, convert gets the arguments that it always got.
+    parser.add_argument(
+        "--no-mtp",
+        dest="mtp",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help=NO_MTP_HELP,
+    )
+    return parser
+
+
+def convert(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if "mtp" not in kwargs:
+        return wrapped(*args, **kwargs)
+    keeps = kwargs.pop("mtp")
+    if not isinstance(keeps, bool):
+        raise ValueError(f"mtp must be True or False, got {keeps!r}.")
+    token = keeps_head.set(keeps)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        keeps_head.reset(token)
+
+
+def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    model = call.arguments["model"]
+    if not keeps_head.get() or not _may_have_head(model):
+        return wrapped(*args, **kwargs)
+    # Here, for the model may be donated: its weights are gone when it is written.
+    head = _head_to_keep(model, call.arguments)
+    saved = wrapped(*args, **kwargs)
+    if head is not None:
+        from ..heads import add_sidecar
+
+        file = add_sidecar(Path(call.arguments["dst_path"]), head)
+        # Beside the lines that mlx-lm prints.
+        print(f"[INFO] Kept the MTP head in {file}")  # noqa: T201
+    return saved
+
+
+def _may_have_head(model: Any) -> bool:
+    return getattr(model, "model_type", None) in ("qwen3_5", "qwen3_5_moe")
+
+
+def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
+    from ..heads import Host, carry_head
+
+    config = arguments["config"]
+    places = [getattr(model, "_mtp_source", None), arguments["src_path_or_repo"]]
+    sources = list(dict.fromkeys(str(place) for place in places if place is not None))
+    try:
+        head = carry_head(sources, Host.of(model), config)
+        reason = DECLARED.format(" or ".join(sources))
+    except SpeculationError as error:
+        head, reason = None, str(error)
+    text_config = config.get("text_config") or config
+    if head is None and text_config.get("mtp_num_hidden_layers"):
+        message = NOT_KEPT.format(reason, arguments["dst_path"])
+        warnings.warn(message, stacklevel=2)
+    return head
