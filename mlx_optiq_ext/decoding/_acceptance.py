@@ -1,7 +1,7 @@
 """Rules that decide which draft tokens the output keeps.
 
-A rule proposes draft tokens from the drafter's log probabilities and judges each
-against the target's. Whatever the drafter says, the judged tokens have the distribution
+A rule proposes draft tokens from the logits of the drafter and judges each of them
+against the target. Whatever the drafter says, the judged tokens have the distribution
 that plain decoding gives; under the greedy rule they are the same tokens.
 """
 
@@ -37,7 +37,7 @@ class AcceptanceRule(Protocol):
 
     is_stepwise: bool
 
-    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
+    def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
         """A draft for the token that ``index`` tokens were generated before."""
         ...
 
@@ -53,8 +53,8 @@ class Greedy:
 
     is_stepwise = False
 
-    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
-        return DraftToken(sample_utils.greedy_sampler(logprobs))
+    def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
+        return DraftToken(sample_utils.greedy_sampler(logits))
 
     def judge(
         self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
@@ -74,8 +74,8 @@ class ExactMatch:
     def __init__(self, sampler: Sampler):
         self._sampler = sampler
 
-    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
-        return DraftToken(sample_utils.greedy_sampler(logprobs))
+    def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
+        return DraftToken(sample_utils.greedy_sampler(logits))
 
     def judge(
         self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
@@ -98,8 +98,8 @@ class SpeculativeSampling:
         self._filters = filters
         self._inverse_temperature = 1.0 / temperature
 
-    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
-        scaled = self._scale(logprobs)
+    def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
+        scaled = self._scale(normalized(logits))
         return DraftToken(mx.random.categorical(scaled), _probs(scaled))
 
     def judge(
@@ -139,8 +139,8 @@ class SharedNoise(SpeculativeSampling):
         high, low = mx.random.randint(0, 1 << 31, (2,), mx.uint32).tolist()
         self._seed = high << 31 | low
 
-    def propose(self, logprobs: mx.array, index: int = 0) -> DraftToken:
-        return DraftToken(self._draw(logprobs, index))
+    def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
+        return DraftToken(self._draw(normalized(logits), index))
 
     def judge(
         self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
@@ -152,6 +152,11 @@ class SharedNoise(SpeculativeSampling):
         return mx.argmax(
             self._scale(logprobs) + mx.random.gumbel(logprobs.shape, key=key), axis=-1
         )
+
+
+def normalized(logits: mx.array) -> mx.array:
+    """Log probabilities of logits, as mlx-lm computes them."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _probs(scaled_logprobs: mx.array) -> mx.array:

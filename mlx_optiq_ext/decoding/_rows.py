@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
-from ._acceptance import DraftToken, is_pure, rule_for
+from ._acceptance import DraftToken, is_pure, normalized, rule_for
 
 
 class Row(NamedTuple):
@@ -81,9 +81,9 @@ class Proposal:
 
     def add(self, logits: mx.array) -> None:
         history = self.histories[-1]
-        logprobs = logprobs_of(logits, history, self._verifier.draft_processors)
+        logits = processed(logits, history, self._verifier.draft_processors)
         index = self.index + len(self.drafts)
-        draft = self._verifier.rule.propose(logprobs, index)
+        draft = self._verifier.rule.propose(logits, index)
         self.drafts.append(draft)
         if history is not None:
             history = mx.concatenate([history, draft.token])
@@ -93,7 +93,13 @@ class Proposal:
 def logprobs_of(
     logits: mx.array, history: mx.array | None, processors: Sequence[LogitsProcessor]
 ) -> mx.array:
+    return normalized(processed(logits, history, processors))
+
+
+def processed(
+    logits: mx.array, history: mx.array | None, processors: Sequence[LogitsProcessor]
+) -> mx.array:
     if history is not None:
         for processor in processors:
             logits = processor(history, logits)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logits
