@@ -26,7 +26,7 @@ from _served import (
     speculation_flags,
 )
 
-TIMEOUT = 5.0
+TIMEOUT = 30.0
 # Requests until nothing is larger than what was there before.
 WARM_UP = 3000
 

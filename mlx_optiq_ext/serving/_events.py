@@ -24,7 +24,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Call:
-    """A whole call of a tool."""
+    """A whole call of a tool.
+
+    It has no pieces: most formats of calls are no JSON and are read as a whole, and
+    what was sent of a call that turns out to be malformed could not be taken back.
+    """
 
     name: str
     arguments: dict[str, Any]

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_optiq_ext import SpeculationStats
@@ -243,3 +243,25 @@ def test_no_draft_tokens_means_plain_decoding(model: nn.Module) -> None:
     batching.finish()
     assert batching.tokens[uid] == alone(model, 0, 20)[0]
     assert batching.stats[uid].num_rounds == 0
+
+
+def test_what_the_head_keeps_counts_in_the_bytes_of_a_cache(model: nn.Module) -> None:
+    batching = Batching(model)
+    batching.add(prompt_of(0), 30)
+    batching.step(5)
+    assert batching.generator._generation_batch._solo is not None
+    num_bytes = batching.generator.prompt_cache_nbytes
+    head, target = _num_bytes(batching.generator._generation_batch.prompt_cache)
+    assert num_bytes == head + target
+    assert head > 0
+    batching.finish()
+    end, kept = batching.ends[0], LRUPromptCache()
+    kept.insert_cache("model", end.all_tokens, end.prompt_cache)
+    assert kept.nbytes == sum(_num_bytes(end.prompt_cache))
+    assert kept.nbytes > _num_bytes(end.prompt_cache)[1]
+
+
+def _num_bytes(prompt_cache: list[Any]) -> tuple[int, int]:
+    """Of the head and of the target."""
+    sizes = [entry.nbytes for entry in prompt_cache]
+    return sum(sizes[4:]), sum(sizes[:4])
