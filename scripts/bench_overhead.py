@@ -2,8 +2,8 @@
 
 Start-up and `import mlx_lm`, in CPU time, and plain decoding run in processes that
 alternate between the extension switched off (`MLX_OPTIQ_EXT=0`) and on, without any
-flag. Memory and prefill compare speculation with plain decoding on one long prompt, each
-in its own process; memory is mlx's peak (`mx.get_peak_memory`).
+flag. Memory and prefill compare speculation with plain decoding of one long prompt,
+each in its own process; memory is mlx's peak (`mx.get_peak_memory`).
 
     python scripts/bench_overhead.py
     python scripts/bench_overhead.py --model PATH --prompt-tokens 20000
