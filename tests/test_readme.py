@@ -33,7 +33,12 @@ def test_a_drafter_is_added_with_a_class_and_a_line(
     model, tokenizer = mlx_lm.load(str(DEMO))
     plain = mlx_lm.generate(model, tokenizer, "class Queue:\n", max_tokens=40)
     *_, last = mlx_lm.stream_generate(
-        model, tokenizer, "class Queue:\n", max_tokens=40, draft=str(tmp_path)
+        model,
+        tokenizer,
+        "class Queue:\n",
+        max_tokens=40,
+        draft=str(tmp_path),
+        num_draft_tokens=1,
     )
     assert last.speculation.num_drafted > 30
     assert plain == mlx_lm.generate(

@@ -278,7 +278,7 @@ def test_an_adapted_model_finds_the_head_and_a_fused_one_has_it(
     model, tokenizer = mlx_lm.load(str(demo_4bit), adapter_path=str(lora))
     plain = mlx_lm.generate(model, tokenizer, "class Queue:\n", max_tokens=24)
     *_, last = mlx_lm.stream_generate(
-        model, tokenizer, "class Queue:\n", max_tokens=24, mtp=True
+        model, tokenizer, "class Queue:\n", max_tokens=24, mtp=True, num_draft_tokens=1
     )
     assert last.speculation.num_accepted > 2
     assert plain == mlx_lm.generate(
