@@ -15,6 +15,7 @@ from mlx_lm.generate import generate_step
 
 from mlx_optiq_ext import SpeculationStats, spec_generate_step
 from mlx_optiq_ext._costs import Clock, copy_cache
+from mlx_optiq_ext._options import NumDraftTokens
 from mlx_optiq_ext.decoding._rows import Proposal, Verifier
 from mlx_optiq_ext.drafters import Drafter
 from mlx_optiq_ext.rollback import Tape, Transaction, can_tape
@@ -83,7 +84,9 @@ def run_plain(start: Start, num_tokens: int) -> Run:
     return Run(*_consume((token for token, _ in steps), start.clock))
 
 
-def run_speculative(start: Start, num_tokens: int, drafter: Drafter, depth: int) -> Run:
+def run_speculative(
+    start: Start, num_tokens: int, drafter: Drafter, depth: NumDraftTokens
+) -> Run:
     stats = SpeculationStats()
     steps = spec_generate_step(
         **start.options,
