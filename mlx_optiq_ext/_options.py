@@ -1,8 +1,11 @@
-"""The number of draft tokens: its limits and its check."""
+"""The options of speculation: their limits and their checks."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
+
+DraftVocab = int | str | os.PathLike[str]
 
 MAX_DRAFT_TOKENS = 8
 
@@ -24,4 +27,15 @@ def check_num_draft_tokens(num_draft_tokens: Any) -> None:
         raise ValueError(
             "num_draft_tokens must be 'auto' or a whole number from 1 to "
             f"{MAX_DRAFT_TOKENS}, got {num_draft_tokens!r}."
+        )
+
+
+def check_draft_vocab(draft_vocab: Any) -> None:
+    """Raise ValueError unless this is a positive whole number or a path."""
+    is_int = isinstance(draft_vocab, int) and not isinstance(draft_vocab, bool)
+    is_path = isinstance(draft_vocab, (str, os.PathLike)) and os.fspath(draft_vocab)
+    if not is_path and not (is_int and draft_vocab > 0):
+        raise ValueError(
+            "draft_vocab must be a positive whole number or a file of token ids, got "
+            f"{draft_vocab!r}."
         )

@@ -21,7 +21,7 @@ from mlx_lm.generate import (
 from mlx_lm.sample_utils import Sampler
 
 from .._options import NumDraftTokens
-from ..drafters import Drafter
+from ..drafters import Drafter, MTPDrafter
 from ._decoder import Decoder, Token
 from ._depth import make_depth
 from ._rows import Verifier
@@ -132,15 +132,18 @@ class SpeculativeBatch(GenerationBatch):
         if options.num_draft_tokens == 0:
             return
         self.prompt_cache = super().extract_cache(0)
+        drafter = self._drafter
+        if isinstance(drafter, MTPDrafter):
+            drafter = drafter.resuming(self.tokens[0])
         processors = self.logits_processors[0] if self.logits_processors else ()
         decoder = Decoder(
             Target(
                 self.model,
-                self._drafter.reads_hidden_states,
+                drafter.reads_hidden_states,
                 self.prompt_cache,
                 CACHE_OPTIONS,
             ),
-            self._drafter,
+            drafter,
             Verifier(
                 self.samplers[0] or self.fallback_sampler,
                 processors,

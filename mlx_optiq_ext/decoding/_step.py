@@ -23,8 +23,8 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, generation_stream
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.utils import does_model_support_input_embeddings
 
-from .._options import NumDraftTokens, check_num_draft_tokens
-from ..drafters import Drafter, as_drafter
+from .._options import DraftVocab, NumDraftTokens, check_num_draft_tokens
+from ..drafters import Drafter, as_drafter, limit_drafts
 from ._decoder import Decoder, ProgressCallback, Token
 from ._depth import make_depth
 from ._rows import Verifier
@@ -39,6 +39,7 @@ def spec_generate_step(
     *,
     drafter: Drafter | nn.Module | None = None,
     num_draft_tokens: NumDraftTokens = "auto",
+    draft_vocab: DraftVocab | None = None,
     stats: SpeculationStats | None = None,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
@@ -63,6 +64,9 @@ def spec_generate_step(
         num_draft_tokens (int or str): Tokens to draft in a round, 1 to 8, or ``"auto"``
           for the number, 0 included, that is measured to be the fastest. Default:
           ``"auto"``.
+        draft_vocab (int or path, optional): Let an MTP head propose only so many
+          tokens, or those whose ids a file has, one a line or as a JSON list. Default:
+          any token.
         stats (SpeculationStats, optional): Counts what happens.
 
         The other arguments are those of ``generate_step``. The drafter's own entries
@@ -80,7 +84,7 @@ def spec_generate_step(
     """
     check_num_draft_tokens(num_draft_tokens)
     _check_prompt(prompt, model, input_embeddings)
-    drafter = as_drafter(drafter, model)
+    drafter = limit_drafts(as_drafter(drafter, model), draft_vocab)
     options = CacheOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     with mx.stream(stream):
         decoder = Decoder(

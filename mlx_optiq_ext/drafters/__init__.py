@@ -4,7 +4,7 @@ from ._assistant import GemmaAssistantDrafter
 from ._draft_model import DraftModelDrafter
 from ._mtp import MTPDrafter
 from ._protocol import Drafter, DraftSession, Proposal
-from ._registry import REGISTRY, Unbound, as_drafter, is_draft_model
+from ._registry import REGISTRY, Unbound, as_drafter, is_draft_model, limit_drafts
 
 __all__ = [
     "REGISTRY",
@@ -17,4 +17,5 @@ __all__ = [
     "Unbound",
     "as_drafter",
     "is_draft_model",
+    "limit_drafts",
 ]

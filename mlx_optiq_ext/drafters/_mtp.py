@@ -10,13 +10,18 @@ starts afresh.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 
 from .._errors import SpeculationError
+from .._options import DraftVocab
 from ..mixins.qwen3_5 import MTPMixin
+from ._draft_vocab import DraftVocabulary
 from ._protocol import Proposal
 
 STATE, NUM_TOKENS = 0, 1  # slots of the ArraysCache
@@ -28,12 +33,39 @@ class MTPDrafter:
 
     Args:
         model (MTPMixin): A model with its head attached.
+        draft_vocab (int or path, optional): Propose only so many tokens, or those whose
+          ids a file has, one a line or as a JSON list. Default: any token.
+
+    Raises:
+        SpeculationError: If only some tokens are wanted and that cannot be.
     """
 
     reads_hidden_states = True
 
-    def __init__(self, model: MTPMixin):
+    def __init__(self, model: MTPMixin, draft_vocab: DraftVocab | None = None):
         self._model = model
+        self._vocabulary = (
+            None if draft_vocab is None else DraftVocabulary(model, draft_vocab)
+        )
+        self._seen: tuple[mx.array, ...] = ()
+
+    def limited(self, draft_vocab: DraftVocab) -> MTPDrafter:
+        """The same drafter, proposing only some of the tokens.
+
+        Args:
+            draft_vocab (int or path): Which.
+        """
+        return MTPDrafter(self._model, draft_vocab)
+
+    def resuming(self, tokens: Sequence[int]) -> MTPDrafter:
+        """The same drafter, for a sequence whose first tokens no session is shown.
+
+        Args:
+            tokens (Sequence[int]): These tokens.
+        """
+        drafter = copy.copy(self)
+        drafter._seen = (mx.array(tokens),)
+        return drafter
 
     def make_cache(self) -> list[Any]:
         return self._model.make_mtp_cache()
@@ -46,7 +78,9 @@ class MTPDrafter:
             own = self.make_cache()
             prompt_cache[num_target_entries:] = own
         kv_cache, arrays = own
-        return MTPSession(self._model, kv_cache, arrays, num_tokens)
+        return MTPSession(
+            self._model, kv_cache, arrays, num_tokens, self._vocabulary, self._seen
+        )
 
 
 class MTPSession:
@@ -57,9 +91,17 @@ class MTPSession:
     """
 
     def __init__(
-        self, model: MTPMixin, kv_cache: KVCache, arrays: ArraysCache, num_tokens: int
+        self,
+        model: MTPMixin,
+        kv_cache: KVCache,
+        arrays: ArraysCache,
+        num_tokens: int,
+        vocabulary: DraftVocabulary | None = None,
+        seen: Sequence[mx.array] = (),
     ):
         self._model = model
+        self._vocabulary = vocabulary
+        self._seen = list(seen)
         self._kv_cache = kv_cache
         self._arrays = arrays
         # Tokens before the head's first pair: a cache filled without the head.
@@ -70,6 +112,7 @@ class MTPSession:
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
+        self._seen.append(tokens)
         if embeddings is None:
             embeddings = self._model.embed(tokens)
         show(self._model, self._kv_cache, self._arrays, embeddings[None], states)
@@ -93,7 +136,7 @@ class MTPSession:
             if position:
                 embeddings = self._model.embed(proposal.tokens[-1])[None]
                 hidden = self._see(embeddings, hidden)
-            proposal.add(self._model.project(hidden)[:, -1])
+            proposal.add(self._project(hidden)[:, -1])
         self._kv_cache.trim(num_draft_tokens - 1)
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
@@ -113,6 +156,12 @@ class MTPSession:
         embeddings = self._model.embed(mx.concatenate(tokens))[None]
         # Only keys and values of the head are ever computed here.
         self._see(embeddings, mx.concatenate(states, axis=1))
+
+    @cached_property
+    def _project(self) -> Callable[[mx.array], mx.array]:
+        if self._vocabulary is None:
+            return self._model.project
+        return self._vocabulary.projection(mx.concatenate(self._seen).tolist())
 
     def _see(self, embeddings: mx.array, states: mx.array) -> mx.array:
         return self._model.mtp(embeddings, states, cache=self._kv_cache)

@@ -16,6 +16,7 @@ from mlx_lm.utils import load
 
 from .._checkpoints import Source, read_config
 from .._errors import SpeculationError
+from .._options import DraftVocab, check_draft_vocab
 from ..assistants import MODEL_TYPES
 from ..mixins.qwen3_5 import attach_mtp
 from ._assistant import GemmaAssistantDrafter
@@ -96,6 +97,28 @@ def as_drafter(
             f"{argument} must be a drafter, a model or a path, got {found!r}."
         )
     return found
+
+
+def limit_drafts(drafter: Drafter, draft_vocab: DraftVocab | None) -> Drafter:
+    """The drafter, proposing only some tokens if so many or these are wanted.
+
+    Args:
+        drafter (Drafter): Of any kind.
+        draft_vocab (int or path, optional): As for ``MTPDrafter``.
+
+    Raises:
+        ValueError: If ``draft_vocab`` is neither a number nor a path.
+        SpeculationError: If this drafter cannot, or the file is not such a file.
+    """
+    if draft_vocab is None:
+        return drafter
+    check_draft_vocab(draft_vocab)
+    if not isinstance(drafter, MTPDrafter):
+        raise SpeculationError(
+            "Cannot speculate with a part of the vocabulary: draft_vocab is for MTP "
+            f"heads, and the drafter is a {type(drafter).__name__}."
+        )
+    return drafter.limited(draft_vocab)
 
 
 def is_draft_model(source: Source) -> bool:

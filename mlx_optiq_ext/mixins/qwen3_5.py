@@ -55,6 +55,13 @@ class MTPMixin:
             inputs, cache, input_embeddings=input_embeddings
         )
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """What makes logits of states; the embedding, if it is tied to that."""
+        if self.language_model.args.tie_word_embeddings:
+            return self.language_model.model.embed_tokens
+        return self.language_model.lm_head
+
     def project(self, hidden: mx.array) -> mx.array:
         """Logits ``[batch, num_tokens, vocab_size]`` of states, the head's included.
 
@@ -62,8 +69,8 @@ class MTPMixin:
             hidden (mx.array): ``[batch, num_tokens, hidden_size]``.
         """
         if self.language_model.args.tie_word_embeddings:
-            return self.language_model.model.embed_tokens.as_linear(hidden)
-        return self.language_model.lm_head(hidden)
+            return self.output_layer.as_linear(hidden)
+        return self.output_layer(hidden)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Embeddings of tokens, ``[..., hidden_size]``.

@@ -17,13 +17,14 @@ class CommandLineRequest:
     """What the command line asked for, or a server on behalf of a request.
 
     Args:
-        mtp, draft, num_draft_tokens: As the arguments of ``generate``.
+        mtp, draft, num_draft_tokens, draft_vocab: As the arguments of ``generate``.
         stats (SpeculationStats, optional): Counts what happens.
     """
 
     mtp: str | bool | None = None
     draft: Any = None
     num_draft_tokens: NumDraftTokens | None = None
+    draft_vocab: int | str | None = None
     stats: Any = None
 
     @property
@@ -45,6 +46,7 @@ def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return (
         "mtp" not in kwargs
         and "draft" not in kwargs
+        and "draft_vocab" not in kwargs
         and kwargs.get("draft_model") is None
         and len(args) <= DRAFT_MODEL_POSITION
         and (request is None or not request.is_speculative)

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import (
 from .._options import NumDraftTokens, check_num_draft_tokens
 from ..decoding import SpeculationStats, spec_generate_step
 from ..decoding._decoder import Token
-from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter
+from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter, limit_drafts
 from ..mixins.qwen3_5 import attach_mtp
 from ._request import command_line
 
@@ -96,10 +96,13 @@ def take_request(
         options |= vars(request)
         stats = options.pop("stats")
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
+    draft_vocab = options.pop("draft_vocab", None)
     if mtp is False:
         mtp = None
     _check_one({"mtp": mtp, "draft": draft, "draft_model": draft_model})
     if mtp is None and draft is None:
+        if draft_vocab is not None:
+            raise ValueError("draft_vocab needs mtp=True or mtp=PATH.")
         return draft_model and rescued(model, draft_model, options)
     num_draft_tokens = options.pop("num_draft_tokens", None)
     if num_draft_tokens is not None:
@@ -109,6 +112,7 @@ def take_request(
     else:
         attach_mtp(model, _check_mtp(mtp))
         drafter = MTPDrafter(model)
+    drafter = limit_drafts(drafter, draft_vocab)
     return Speculation(drafter, num_draft_tokens, stats)
 
 

@@ -7,7 +7,11 @@ import sys
 from typing import Any
 
 from .._errors import SpeculationError
-from .._options import NumDraftTokens, check_num_draft_tokens
+from .._options import (
+    NumDraftTokens,
+    check_draft_vocab,
+    check_num_draft_tokens,
+)
 from ._request import CommandLineRequest, command_line
 
 MTP_HELP = (
@@ -22,6 +26,11 @@ NUM_DRAFT_TOKENS_HELP = (
     "Number of tokens to draft when using speculative decoding, or with --mtp and "
     "--draft 'auto', their default: the number, 0 included, that is measured to be "
     "fastest."
+)
+DRAFT_VOCAB_HELP = (
+    "Let the MTP head propose only N tokens (special ones, the prompt's, and those "
+    "with the lowest ids) or those whose ids a file has, one a line or as a JSON list. "
+    "Drafts cost less, and the output stays the same."
 )
 # Of what it takes, only an ordinary draft model keeps anything of a prompt.
 WITHOUT_DRAFT = "mlx_lm.cache_prompt"
@@ -40,9 +49,12 @@ class SpeculationParser(argparse.ArgumentParser):
             self._check(parsed)
         elif parsed.num_draft_tokens == "auto":
             self.error("argument --num-draft-tokens: auto needs --mtp or --draft")
+        elif getattr(parsed, "draft_vocab", None) is not None:
+            self.error("argument --draft-vocab: needs --mtp")
         if (request := command_line.get()) is not None:
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
+            request.draft_vocab = getattr(parsed, "draft_vocab", None)
         if parsed.num_draft_tokens is None:
             is_ours = parsed.mtp or draft is not None
             parsed.num_draft_tokens = "auto" if is_ours else self.num_draft_tokens
@@ -100,6 +112,18 @@ def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
     )
     if with_draft:
         parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
+        parser.add_argument(
+            "--draft-vocab", type=_draft_vocab, metavar="N|FILE", help=DRAFT_VOCAB_HELP
+        )
+
+
+def _draft_vocab(text: str) -> int | str:
+    draft_vocab = int(text) if text.lstrip("+-").isdecimal() else text
+    try:
+        check_draft_vocab(draft_vocab)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return draft_vocab
 
 
 def _read_number(text: str) -> NumDraftTokens:

@@ -58,6 +58,8 @@ class ServerParser(SpeculationParser):
 
             # Requests in a batch share no draft model: mlx-lm serves them one by one.
             if is_draft_model(parsed.draft):
+                if parsed.draft_vocab is not None:
+                    self.error("argument --draft-vocab: needs --mtp")
                 parsed.draft_model, parsed.draft = parsed.draft, None
                 if parsed.num_draft_tokens == "auto":
                     parsed.num_draft_tokens = self.num_draft_tokens

@@ -13,7 +13,7 @@ from .._errors import SpeculationError
 from .._options import MAX_DRAFT_TOKENS, AutoNumber
 from ..decoding import SpeculationStats
 from ..decoding._batch import SequenceOptions
-from ..drafters import Drafter, MTPDrafter, as_drafter
+from ..drafters import Drafter, MTPDrafter, as_drafter, limit_drafts
 from ..drafters._priming import prime_with_calls
 from ..mixins.qwen3_5 import attach_mtp
 from ._errors import bad_request
@@ -117,7 +117,10 @@ def serve_speculatively(provider: Any) -> None:
     is_default = provider.model_key[0] == flags.model
     try:
         _check_not_distributed(provider)
-        drafter = _drafter(provider.model, flags, is_default)
+        drafter = limit_drafts(
+            _drafter(provider.model, flags, is_default),
+            getattr(flags, "draft_vocab", None),
+        )
     except SpeculationError as error:
         if is_default:
             raise

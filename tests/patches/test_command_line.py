@@ -67,6 +67,25 @@ def test_generate_takes_a_path_and_a_number_of_draft_tokens() -> None:
     assert int(drafted) > 2 * int(rounds)
 
 
+def test_generate_proposes_some_tokens_only() -> None:
+    arguments = ("--model", DEMO, *PROMPT, "--max-tokens", 60, "--mtp")
+    outputs = [
+        run("generate", *arguments, *more)[1] for more in ((), ("--draft-vocab", 64))
+    ]
+    assert text_of(outputs[0]) == text_of(outputs[1])
+    rates = [float(re.search(r"\((.*)%\)", output)[1]) for output in outputs]
+    assert rates[1] < rates[0]
+
+
+def test_a_file_without_token_ids_is_one_clear_line(tmp_path: Path) -> None:
+    file = tmp_path / "ids"
+    arguments = ("--model", DEMO, *PROMPT, "--mtp", "--draft-vocab", file)
+    code, _, error = run("generate", *arguments)
+    assert code == 1
+    assert "Traceback" not in error
+    assert "is no file of token ids" in error.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
@@ -74,6 +93,9 @@ def test_generate_takes_a_path_and_a_number_of_draft_tokens() -> None:
         ("generate", ["--mtp", "--num-draft-tokens", "9"], "from 1 to 8, got 9"),
         ("chat", ["--mtp", "--num-draft-tokens", "0"], "from 1 to 8, got 0"),
         ("benchmark", ["--mtp", "-b", "2"], "needs --batch-size 1"),
+        ("generate", ["--draft-vocab", "64"], "needs --mtp"),
+        ("chat", ["--mtp", "--draft-vocab", "0"], "positive whole number"),
+        ("server", ["--draft", str(DEMO), "--draft-vocab", "9"], "needs --mtp"),
     ],
 )
 def test_contradictory_arguments_are_a_usage_error(

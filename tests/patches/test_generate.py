@@ -118,6 +118,8 @@ def test_a_path_names_the_head(demo: Any, source: str | Path) -> None:
         ({"mtp": ""}, "mtp must be True, False or a path, got ''"),
         ({"mtp": ["x"]}, "got \\['x'\\]"),
         ({"mtp": True, "num_draft_tokens": 0}, "from 1 to 8, got 0"),
+        ({"draft_vocab": 64}, "draft_vocab needs mtp"),
+        ({"mtp": True, "draft_vocab": 0}, "positive whole number"),
         ({"mtp": True, "num_draft_tokens": "3"}, "from 1 to 8, got '3'"),
         ({"mtp": True, "draft_model": nn.Linear(1, 1)}, "exclude each other"),
     ],

@@ -235,6 +235,22 @@ def test_a_request_says_how_much_to_draft(pair: Pair, num_draft_tokens: int) -> 
     assert (num_drafted > 0) == (num_draft_tokens > 0)
 
 
+def test_drafts_of_some_tokens_change_no_reply(
+    pair: Pair, start_server: Starter
+) -> None:
+    flags = ("--mtp", "--num-draft-tokens", "3", "--draft-vocab", "32")
+    limited = start_server(*flags, folder=DEMO)
+    # No other test asks this, so no server has it in its cache.
+    plain, all_, some = (
+        ask(server, COMPLETIONS, prompt="class Stack:\n    def push(")
+        for server in (pair.plain, pair.speculating, limited)
+    )
+    for reply in (all_, some):
+        assert_same(reply.last, plain.last)
+    (num_drafted, num_accepted), found = map(assert_counts_add_up, (all_, some))
+    assert found[1] / found[0] < num_accepted / num_drafted
+
+
 def test_more_draft_tokens_than_can_be_had_are_refused(pair: Pair) -> None:
     reply = ask(pair.speculating, CHAT, num_draft_tokens=9)
     assert reply.status == 400
