@@ -1,0 +1,149 @@
+"""From replies of the decoders to a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+TOLERANCE = 1e-3  # of logits, whose rounding differs between passes of unlike length
+HEADER = (
+    "| | tok/s | to plain mlx-lm | acceptance | output of plain mlx-lm | "
+    "cache at the limit | cache at a stop |"
+)
+
+
+class Contender(NamedTuple):
+    """One way to decode.
+
+    Args:
+        name (str): In the table.
+        module (str): That of its process.
+        num_draft_tokens (int): 0 for plain decoding.
+    """
+
+    name: str
+    module: str
+    num_draft_tokens: int
+
+
+REFERENCE = Contender("mlx-lm, plain", "ours", 0)
+
+
+def contenders(depths: Sequence[int]) -> list[Contender]:
+    """The ways to decode at these numbers of draft tokens, the reference first."""
+    names = {"ours": "mlx-optiq-ext", "vlm": "mlx-vlm", "optiq": "mlx-optiq"}
+    plain = [
+        Contender(f"{names[module]}, plain", module, 0) for module in ("vlm", "optiq")
+    ]
+    return [
+        REFERENCE,
+        *plain,
+        *(
+            Contender(f"{name}, depth {depth}", module, depth)
+            for depth in depths
+            for module, name in names.items()
+        ),
+    ]
+
+
+@dataclass
+class Results:
+    """What one contender did.
+
+    Args:
+        seconds (dict): Of each timed run, from the first token to the last, by prompt.
+        tokens (dict): By prompt.
+        drafted, accepted (int): Over all timed runs, as the decoder counts them.
+        caches (dict): What ``inspect`` found, at the limit and at a stop.
+        error (str, optional): Why there is nothing.
+    """
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    caches: dict[str, list[dict[str, Any]]] = field(
+        default_factory=lambda: {"limit": [], "stop": []}
+    )
+    error: str | None = None
+
+    def add_run(self, prompt: int, reply: dict[str, Any]) -> None:
+        if (error := reply.get("error")) is not None:
+            self.error = error
+            return
+        self.seconds.setdefault(prompt, []).append(reply["seconds"])
+        self.tokens[prompt] = reply["tokens"]
+        self.drafted += reply["drafted"]
+        self.accepted += reply["accepted"]
+
+    def add_cache(self, ending: str, reply: dict[str, Any]) -> None:
+        if (error := reply.get("error")) is not None:
+            self.error = error
+        else:
+            self.caches[ending].append(reply["cache"])
+
+    def speed(self, prompt: int) -> float:
+        """Tokens per second; the first token is the prompt's."""
+        num_tokens = len(self.tokens[prompt]) - 1
+        return num_tokens / statistics.median(self.seconds[prompt])
+
+
+def table(results: dict[Contender, Results], is_greedy: bool) -> str:
+    """The results as Markdown, a row for each contender."""
+    lines = [HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
+    reference = results[REFERENCE]
+    for contender, found in results.items():
+        cells = (
+            [f"cannot run: {found.error}", *[""] * 5]
+            if found.error is not None
+            else _cells(found, reference, is_greedy)
+        )
+        lines.append(f"| {contender.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(found: Results, reference: Results, is_greedy: bool) -> list[str]:
+    prompts = list(found.seconds)
+    speed = statistics.geometric_mean(found.speed(prompt) for prompt in prompts)
+    ratio = statistics.geometric_mean(
+        found.speed(prompt) / reference.speed(prompt) for prompt in prompts
+    )
+    rate = f"{found.accepted / found.drafted:.1%}" if found.drafted else ""
+    same = agreement(found.tokens, reference.tokens) if is_greedy else "sampled"
+    caches = [verdict(found.caches[ending]) for ending in ("limit", "stop")]
+    return [f"{speed:.0f}", f"{ratio:.2f}x", rate, same, *caches]
+
+
+def agreement(found: dict[int, list[int]], expected: dict[int, list[int]]) -> str:
+    """In how many prompts the tokens are equal, and where the first is that is not."""
+    differences = [
+        first_difference(tokens, expected[prompt])
+        for prompt, tokens in found.items()
+        if tokens != expected[prompt]
+    ]
+    if not differences:
+        return "identical"
+    num_same = len(found) - len(differences)
+    return f"{num_same} of {len(found)}, else from token {min(differences)} on"
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """The position of the first token that differs."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def verdict(caches: Sequence[dict[str, Any]]) -> str:
+    """What was found in the caches of several runs, the worst of it in words."""
+    kinds = {_kind(**cache) for cache in caches}
+    return "; ".join(sorted(kinds - {"right"})) or "right"
+
+
+def _kind(num_extra: int, error: float | None) -> str:
+    if num_extra > 0:
+        return f"{num_extra} too many"
+    if error is None or not error < TOLERANCE:
+        return "wrong"
+    return f"{-num_extra} missing" if num_extra else "right"
