@@ -162,7 +162,11 @@ def test_processors_see_and_shape_what_is_proposed(demo: Any) -> None:
 def rates(demo: Any, **options: Any) -> SpeculationStats:
     model, prompt = demo
     stats = SpeculationStats()
-    list(spec_generate_step(prompt, model, max_tokens=100, stats=stats, **options))
+    list(
+        spec_generate_step(
+            prompt, model, num_draft_tokens=1, max_tokens=100, stats=stats, **options
+        )
+    )
     return stats
 
 
@@ -170,7 +174,11 @@ def test_only_tokens_that_were_chosen_are_proposed(demo: Any, tmp_path: Path) ->
     model, prompt = demo
     (tmp_path / "ids.json").write_text(json.dumps(TOKENS))
     steps = spec_generate_step(
-        prompt, model, max_tokens=100, draft_vocab=tmp_path / "ids.json"
+        prompt,
+        model,
+        num_draft_tokens=1,
+        max_tokens=100,
+        draft_vocab=tmp_path / "ids.json",
     )
     drafted = {token for token, _, is_draft in steps if is_draft}
     assert drafted <= set(TOKENS)

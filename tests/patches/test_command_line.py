@@ -69,6 +69,7 @@ def test_generate_takes_a_path_and_a_number_of_draft_tokens() -> None:
 
 def test_generate_proposes_some_tokens_only() -> None:
     arguments = ("--model", DEMO, *PROMPT, "--max-tokens", 60, "--mtp")
+    arguments += ("--num-draft-tokens", 1)
     outputs = [
         run("generate", *arguments, *more)[1] for more in ((), ("--draft-vocab", 64))
     ]
