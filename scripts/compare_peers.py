@@ -41,6 +41,7 @@ PROMPTS = (
     "async def fetch(session, url):\n",
 )
 STOPS = (20, 21)  # tokens after which a reader leaves
+NUM_INSPECTED = 2  # prompts after which caches are looked into
 
 
 def main() -> None:
@@ -95,7 +96,7 @@ def compare(
                 reply = process.ask(**request)
                 if turn:
                     found.add_run(index, reply)
-                else:
+                elif index < NUM_INSPECTED:
                     look_into_caches(process, request, found)
         print(f"{folder.name}: turn {turn} of {args.repeats}", file=sys.stderr)
     for process in processes.values():

@@ -46,6 +46,7 @@ def test_a_run_is_its_tokens_its_time_and_its_counts(scripts: Scripts) -> None:
     assert found["tokens"] == plain["tokens"]
     assert len(found["tokens"]) == 30
     assert found["seconds"] > 0
+    assert found["processor_seconds"] > 0
     assert 30 > found["drafted"] > found["accepted"] > 5
     assert (plain["drafted"], plain["accepted"], plain["cache"]) == (0, 0, None)
 
@@ -109,6 +110,7 @@ def test_outputs_are_compared_with_plain_decoding(
 def reply(seconds: float, tokens: list[int], accepted: int = 0) -> dict[str, Any]:
     return {
         "seconds": seconds,
+        "processor_seconds": seconds / 2,
         "tokens": tokens,
         "drafted": 2 * accepted,
         "accepted": accepted,
@@ -132,10 +134,11 @@ def test_a_table_has_ratios_of_medians_and_says_what_cannot_run(
     results[contenders[-1]].add_run(0, {"error": "ValueError: no such model"})
     lines = report.table(results, is_greedy=True).splitlines()
     assert len(lines) == 2 + 6
-    assert {line.count("|") for line in lines} == {8}
-    assert lines[2] == ("| mlx-lm, plain | 14 | 1.00x |  | identical | right | right |")
+    assert {line.count("|") for line in lines} == {9}
+    rest = "identical | right | right |"
+    assert lines[2] == f"| mlx-lm, plain | 14 | 1.00x | 35.36 |  | {rest}"
     assert lines[5] == (
-        "| mlx-optiq-ext, depth 1 | 28 | 2.00x | 50.0% | identical | right | right |"
+        f"| mlx-optiq-ext, depth 1 | 28 | 2.00x | 17.68 | 50.0% | {rest}"
     )
     assert lines[7].startswith(
         "| mlx-optiq, depth 1 | cannot run: ValueError: no such model |"

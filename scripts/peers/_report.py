@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 TOLERANCE = 1e-3  # of logits, whose rounding differs between passes of unlike length
 HEADER = (
-    "| | tok/s | to plain mlx-lm | acceptance | output of plain mlx-lm | "
-    "cache at the limit | cache at a stop |"
+    "| | tok/s | to plain mlx-lm | CPU ms a token | acceptance | "
+    "output of plain mlx-lm | cache at the limit | cache at a stop |"
 )
 
 
@@ -54,6 +54,7 @@ class Results:
 
     Args:
         seconds (dict): Of each timed run, from the first token to the last, by prompt.
+        processor_seconds (dict): Those of the processor, likewise.
         tokens (dict): By prompt.
         drafted, accepted (int): Over all timed runs, as the decoder counts them.
         caches (dict): What ``inspect`` found, at the limit and at a stop.
@@ -61,6 +62,7 @@ class Results:
     """
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
+    processor_seconds: dict[int, list[float]] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
@@ -74,6 +76,8 @@ class Results:
             self.error = error
             return
         self.seconds.setdefault(prompt, []).append(reply["seconds"])
+        own = self.processor_seconds.setdefault(prompt, [])
+        own.append(reply["processor_seconds"])
         self.tokens[prompt] = reply["tokens"]
         self.drafted += reply["drafted"]
         self.accepted += reply["accepted"]
@@ -89,6 +93,11 @@ class Results:
         num_tokens = len(self.tokens[prompt]) - 1
         return num_tokens / statistics.median(self.seconds[prompt])
 
+    def cost(self, prompt: int) -> float:
+        """Milliseconds of the processor per token."""
+        num_tokens = len(self.tokens[prompt]) - 1
+        return 1e3 * statistics.median(self.processor_seconds[prompt]) / num_tokens
+
 
 def table(results: dict[Contender, Results], is_greedy: bool) -> str:
     """The results as Markdown, a row for each contender."""
@@ -96,7 +105,7 @@ def table(results: dict[Contender, Results], is_greedy: bool) -> str:
     reference = results[REFERENCE]
     for contender, found in results.items():
         cells = (
-            [f"cannot run: {found.error}", *[""] * 5]
+            [f"cannot run: {found.error}", *[""] * 6]
             if found.error is not None
             else _cells(found, reference, is_greedy)
         )
@@ -110,10 +119,11 @@ def _cells(found: Results, reference: Results, is_greedy: bool) -> list[str]:
     ratio = statistics.geometric_mean(
         found.speed(prompt) / reference.speed(prompt) for prompt in prompts
     )
+    cost = statistics.geometric_mean(map(found.cost, prompts))
     rate = f"{found.accepted / found.drafted:.1%}" if found.drafted else ""
     same = agreement(found.tokens, reference.tokens) if is_greedy else "sampled"
     caches = [verdict(found.caches[ending]) for ending in ("limit", "stop")]
-    return [f"{speed:.0f}", f"{ratio:.2f}x", rate, same, *caches]
+    return [f"{speed:.0f}", f"{ratio:.2f}x", f"{cost:.2f}", rate, same, *caches]
 
 
 def agreement(found: dict[int, list[int]], expected: dict[int, list[int]]) -> str:
