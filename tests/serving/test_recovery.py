@@ -56,7 +56,9 @@ AT_ONCE = {"logit_bias": {"0": -1}}
 def failing(start_server: Starter) -> dict[str, ServerProcess]:
     return {
         "plain": start_server(folder=DEMO, start=FAILING),
-        "mtp": start_server("--mtp", folder=DEMO, start=FAILING),
+        "mtp": start_server(
+            *("--mtp", "--num-draft-tokens", "1"), folder=DEMO, start=FAILING
+        ),
     }
 
 
