@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from mlx_lm.utils import load_model
 
 from mlx_optiq_ext.cli import main
-from mlx_optiq_ext.heads import Host, load_head, quantization_of
+from mlx_optiq_ext.cli.extract_mtp import MODES
+from mlx_optiq_ext.heads import Host, _host, load_head, quantization_of
 from tests.heads.test_hub import COMMIT, INDEX, Hub, hub, hub_cache
 from tests.heads.variants import DENSE, MOE, assert_same, checkpoint, write
 from tests.helpers import DEMO
@@ -100,6 +101,10 @@ def test_a_quantisation_that_cannot_be_is_an_error(place, lost, options, reason)
     assert "Error: " in output
     assert reason in output
     assert contents(lost) == before
+
+
+def test_all_modes_are_offered():
+    assert tuple(_host.MODES) == MODES
 
 
 def test_a_head_that_does_not_fit_is_refused(place, lost, tmp_path):

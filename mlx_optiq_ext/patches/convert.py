@@ -73,7 +73,9 @@ def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _may_have_head(model: Any) -> bool:
-    return getattr(model, "model_type", None) in ("qwen3_5", "qwen3_5_moe")
+    from ..heads import MODEL_TYPES
+
+    return getattr(model, "model_type", None) in MODEL_TYPES
 
 
 def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
