@@ -130,6 +130,7 @@ def _render_test(test: Report) -> list[tuple[str, str]]:
         for name, x in prompts.items()
     ]
     lines.append(("speed-up", f"{test['speed_up']:.2f}x: {', '.join(speeds)}"))
+    lines.append(("", "from one run of each; mlx-optiq-ext bench measures more"))
     return lines
 
 
