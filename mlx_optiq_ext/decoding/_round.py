@@ -84,9 +84,10 @@ class Round:
         except Exception as error:
             self.error = error
             return
-        self._packed = mx.concatenate(
-            [row.token for row in self._rows] + [_num_accepted(self._rows)]
-        )
+        packed = [row.token for row in self._rows]
+        if self.num_drafted:
+            packed.append(_num_accepted(self._rows))
+        self._packed = mx.concatenate(packed)
         mx.async_eval(self._packed, self.logprobs, self.states)
 
     def collect(self) -> None:
@@ -96,7 +97,8 @@ class Round:
         elif self._must_walk:
             self._walk()
         elif self.error is None:
-            *tokens, self.num_accepted = self._packed.tolist()
+            tokens = self._packed.tolist()
+            self.num_accepted = tokens.pop() if self.num_drafted else 0
             self.emitted = tokens[: self.num_accepted + 1]
         self.is_collected = True
 

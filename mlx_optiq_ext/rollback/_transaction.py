@@ -166,7 +166,8 @@ class Transaction:
         """Call ``forward(num_rows)``, which makes the pass over its first rows."""
         self._forward = forward
         self._num_rows = self._num_kept = num_rows
-        if self._tape is None:
+        # A single row is kept or not, and needs no tape for either.
+        if self._tape is None or num_rows == 1:
             return forward(num_rows)
         with self._tape.recording():
             return forward(num_rows)
