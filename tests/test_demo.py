@@ -28,7 +28,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("family", ["qwen", "gemma"])
 def test_demo_shows_both_texts_and_what_differs(family: str) -> None:
-    lines = run("demo", "--family", family, "--max-tokens", "60").stdout.splitlines()
+    options = ("--family", family, "--max-tokens", "60", "--num-draft-tokens", "2")
+    lines = run("demo", *options).stdout.splitlines()
     plain, speculative = lines.index("Plain"), lines.index("Speculative")
     report = dict(line.split(":", 1) for line in lines[-6:])
     length = speculative - plain
@@ -39,7 +40,7 @@ def test_demo_shows_both_texts_and_what_differs(family: str) -> None:
     assert report["Plain"].endswith("tokens-per-sec")
     assert float(report["Speed-up"]) > 0
     assert report["Draft tokens accepted"].endswith("%")
-    assert 1 < float(report["Mean accepted length"].split()[0]) < 9
+    assert 1 < float(report["Mean accepted length"].split()[0]) <= 3
 
 
 def test_demo_says_where_the_model_is() -> None:

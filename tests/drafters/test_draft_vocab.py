@@ -231,7 +231,7 @@ def test_sampled_tokens_have_the_distribution_of_the_sampler(
         model,
         drafter=MarkovHead(model, kept=[0, 1, 3, 4, 7, 8]),
         num_draft_tokens=2,
-        max_tokens=5_000,
+        max_tokens=2_500,
         sampler=make_sampler(**settings),
         stats=stats,
     )
