@@ -1,9 +1,10 @@
 """Measure models with an MTP head as the published table of mlx-optiq does.
 
 Each measurement runs in a process of its own and answers one question about Python,
-which has 166 tokens for Qwen's tokenizer; results say how many it has. Speeds
-are `GenerationResponse.generation_tps`, greedy and with the sampling that the model's
-`generation_config.json` recommends. Plain and speculative measurements alternate.
+which has 166 tokens in the vocabulary of earlier Qwen models; results say how many it
+has. Speeds are `GenerationResponse.generation_tps`, greedy and with the sampling that
+the model's `generation_config.json` recommends. Plain and speculative measurements
+alternate.
 
     python scripts/bench_mtp.py                       # the embedded demo model
     python scripts/bench_mtp.py --model Qwen/Qwen3.5-9B --plot speed.png

@@ -2,7 +2,7 @@
 
 The file is ``optiq/mtp.safetensors``. Loaders that take every ``*.safetensors`` file of
 a folder for weights of the model (mlx-vlm, LM Studio) do not look into folders within
-it. The index of the model stays as it is: mlx-vlm 0.6.1 to 0.6.9 add one to all norms
+it. The index of the model stays as it is: mlx-vlm 0.6.5 adds one to all norms
 of a model whose index has ``mtp.*``.
 
 Names are those of mlx-lm's modules behind ``mtp.``, norms are absolute, and the file is

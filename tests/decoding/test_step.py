@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.helpers import (
     ScriptedDrafter,
     assert_same_cache,
     assert_same_tokens,
+    changing_depth,
     load_tiny,
     often_right,
 )
@@ -430,3 +432,25 @@ def test_an_unknown_cache_entry_is_refused_before_the_first_token(
     prompt_cache[3] = Unrelated()
     with pytest.raises(SpeculationError, match="Unrelated"):
         next(spec_generate_step(PROMPT, model, prompt_cache=prompt_cache))
+
+
+def test_an_interrupted_parked_round_leaves_what_was_yielded() -> None:
+    model = load_tiny("dense")
+    num_calls = itertools.count()
+
+    def interrupt(tokens: mx.array, logits: mx.array) -> mx.array:
+        if next(num_calls) == 5:
+            raise KeyboardInterrupt
+        return logits
+
+    cache_, taken = make_prompt_cache(model), list[int]()
+    num_entries = len(cache_)
+    steps = spec_generate_step(
+        PROMPT, model, logits_processors=[interrupt], prompt_cache=cache_
+    )
+    with changing_depth((0,)), pytest.raises(KeyboardInterrupt):
+        taken.extend(token for token, *_ in steps)
+    assert len(taken) == 4
+    expected = make_prompt_cache(model)
+    list(generate_step(PROMPT, model, max_tokens=4, prompt_cache=expected))
+    assert_same_cache(expected, cache_[:num_entries])
