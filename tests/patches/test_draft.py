@@ -232,7 +232,8 @@ def test_an_ordinary_draft_model_stays_one(folder, plain_output):
 
 
 def test_draft_takes_an_ordinary_model(folder, plain_output):
-    code, output, errors = run("generate", *arguments_of(folder), "--draft", folder)
+    flags = ("--draft", folder, "--num-draft-tokens", 1)
+    code, output, errors = run("generate", *arguments_of(folder), *flags)
     assert code == 0, errors
     assert text_of(output) == text_of(plain_output)
     rounds, drafted = rounds_and_drafted(output)
