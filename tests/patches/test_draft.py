@@ -215,7 +215,10 @@ def test_generate_takes_a_head_that_is_stored_by_itself(flag, tmp_path):
     config["model_type"] = "qwen3_5_mtp"
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ("--prompt", "Write a function that reads a file", "-m", 30)
-    code, output, errors = run("generate", "--model", DEMO, *options, flag, tmp_path)
+    number = ("--num-draft-tokens", 1)
+    code, output, errors = run(
+        "generate", "--model", DEMO, *options, flag, tmp_path, *number
+    )
     assert code == 0, errors
     accepted = re.search(r"(\d+) of \d+ draft tokens accepted", output)
     assert int(accepted[1]) > 3
