@@ -113,7 +113,7 @@ def _ascending(values: list[tuple[float, int]]) -> list[float]:
 
 
 class AcceptanceRates:
-    """The probability of acceptance at each position of a draft, newer rounds first."""
+    """How probably each position of a draft is accepted; newer rounds count more."""
 
     def __init__(self) -> None:
         self._tried = [0.0] * MAX_DRAFT_TOKENS
@@ -145,7 +145,7 @@ class AutoDepth:
     more than a small share of the time.
 
     Args:
-        times (RoundTimes): Of earlier generations with the same model and drafter.
+        times (RoundTimes): Of earlier generations with the same model.
     """
 
     def __init__(self, times: RoundTimes):

@@ -2,8 +2,8 @@
 
 The file is ``optiq/mtp.safetensors``. Loaders that take every ``*.safetensors`` file of
 a folder for weights of the model (mlx-vlm, LM Studio) do not look into folders within
-it. The index of the model stays as it is: mlx-vlm 0.6.5 adds one to all norms
-of a model whose index has ``mtp.*``.
+it. The index of the model stays as it is: mlx-vlm 0.6.5 adds one to all norms of a
+model whose index has ``mtp.*``.
 
 Names are those of mlx-lm's modules behind ``mtp.``, norms are absolute, and the file is
 marked as written for MLX, by which mlx-vlm and this package know the norms. A copy of
