@@ -81,8 +81,8 @@ def _head_for(
         Host,
         dequantize_head,
         load_head,
+        quantization_params,
         quantize_head,
-        uniform_quantization,
     )
 
     model, _ = load_model(folder, lazy=True)
@@ -91,7 +91,7 @@ def _head_for(
     if not any((bits, group_size, mode)):
         return quantize_head(head, host.quantization)
     dequantize_head(head, host.dtype)
-    params = uniform_quantization(head, bits, group_size, mode or "affine")
+    params = quantization_params(head, bits, group_size, mode or "affine")
     return quantize_head(head, params)
 
 

@@ -32,8 +32,8 @@ from ._host import (
     dequantize_head,
     dtype_of_states,
     quantization_of,
+    quantization_params,
     quantize_head,
-    uniform_quantization,
 )
 from ._load import load_head
 from ._write import add_sidecar
@@ -50,6 +50,6 @@ __all__ = [
     "dtype_of_states",
     "load_head",
     "quantization_of",
+    "quantization_params",
     "quantize_head",
-    "uniform_quantization",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,11 @@ MODEL_TYPES = ("qwen3_5", "qwen3_5_moe")
 # Group size and bits of each mode, as mlx_lm.convert has them.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
-_LAYER = "layers.0."
 # They choose the experts and are small, so they stay in full. mlx-lm gives those of a
 # model 8 bits, but then mlx-optiq could not read the head: it knows one number of bits.
 _ROUTERS = ("mlp.gate", "mlp.shared_expert_gate")
 
 Params = dict[str, Any]
-Quantization = Mapping[str, Params]
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,13 @@ class Host:
     Args:
         args (TextModelArgs): The model's own.
         dtype (mx.Dtype): Of its states.
-        quantization (dict): How the linear layers of its last layer with full attention
-          are quantised, by their path in that layer; empty if they are not.
+        quantization (dict, optional): How most linear layers of its last layer with
+          full attention are quantised.
     """
 
     args: TextModelArgs
     dtype: mx.Dtype
-    quantization: Quantization
+    quantization: Params | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
@@ -53,7 +51,8 @@ class Host:
         check_type(model)
         text_model = model.language_model
         layers = (x for x in reversed(text_model.layers) if not x.is_linear)
-        params = quantization_of(next(layers, nn.Module()))
+        # One for all, also if they differ: mlx-optiq cannot read a head of several.
+        params = usual_params(quantization_of(next(layers, nn.Module())))
         return cls(text_model.args, dtype_of_states(model), params)
 
 
@@ -82,10 +81,16 @@ def quantization_of(module: nn.Module) -> dict[str, Params]:
     }
 
 
-def uniform_quantization(
+def usual_params(by_path: dict[str, Params]) -> Params | None:
+    """What most modules are quantised with, None if none is."""
+    counts = Counter(tuple(params.items()) for params in by_path.values())
+    return dict(counts.most_common(1)[0][0]) if counts else None
+
+
+def quantization_params(
     head: MTPHead, bits: int | None, group_size: int | None, mode: str
-) -> dict[str, Params]:
-    """The same quantisation for all linear layers in the layer of a head.
+) -> Params:
+    """What to quantise a head with, as asked for and by default.
 
     Args:
         head (MTPHead): The head, not quantised.
@@ -101,41 +106,38 @@ def uniform_quantization(
         "bits": bits or default_bits,
         "mode": mode,
     }
-    layer = {
-        path: module
-        for path, module in head.layers[0].named_modules()
+    sizes = {
+        module.weight.shape[-1]
+        for _, module in head.layers[0].named_modules()
         if hasattr(module, "to_quantized")
     }
-    sizes = {module.weight.shape[-1] for module in layer.values()}
     if all(size % params["group_size"] for size in sizes):
         raise ValueError(
             f"Groups of {params['group_size']} do not fit the head, whose layers take "
             f"{', '.join(map(str, sorted(sizes)))} inputs."
         )
-    return dict.fromkeys(layer, params)
+    return params
 
 
-def quantize_head(head: MTPHead, quantization: Quantization) -> MTPHead:
-    """Quantise, in place, the layers of a head that are in full.
+def quantize_head(head: MTPHead, params: Params | None) -> MTPHead:
+    """Quantise, in place, the linear layers of a head's layer that are in full.
 
     ``fc``, norms and routers stay in full, and what the groups do not divide.
 
     Args:
         head (MTPHead): The head.
-        quantization (dict): By path in the head's layer.
+        params (dict, optional): With what. Default: leave it in full.
 
     Raises:
         ValueError: If MLX does not know such a quantisation.
     """
 
     def params_of(path: str, module: nn.Module) -> Params | bool:
-        name = path.removeprefix(_LAYER)
-        params = quantization.get(name) if path.startswith(_LAYER) else None
-        if params is None or name in _ROUTERS or not hasattr(module, "to_quantized"):
+        if params is None or path in _ROUTERS or not hasattr(module, "to_quantized"):
             return False
         return module.weight.shape[-1] % params["group_size"] == 0 and params
 
-    nn.quantize(head, class_predicate=params_of)
+    nn.quantize(head.layers[0], class_predicate=params_of)
     return head
 
 

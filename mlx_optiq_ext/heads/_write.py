@@ -15,7 +15,8 @@ In ``config.json``, ``mlx_lm_extra_tensors`` names the file for mlx-optiq, and
 ``mtplx_mtp_quantization`` says, to both, how the head is quantised. Where mlx-optiq
 finds that block it expects quantised routers too. So it is left out for a mixture of
 experts that is quantised as the model is, which mlx-optiq then reads if the mode is
-affine. It cannot read experts in other modes, nor layers of different numbers of bits.
+affine. It cannot read experts in other modes, nor a head that came with layers of
+different numbers of bits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ._head import MTPHead
-from ._host import Params, quantization_of
+from ._host import Params, quantization_of, usual_params
 from ._hub import CONFIG
 
 FOLDER = "optiq"
@@ -94,10 +94,9 @@ def declare(config: dict[str, Any], head: MTPHead) -> dict[str, Any]:
 def _quantization_block(config: dict[str, Any], head: MTPHead) -> Params | None:
     """How a head is quantised, None if it is not or the model's own block says so."""
     by_path = quantization_of(head)
-    if not by_path:
+    usual = usual_params(by_path)
+    if usual is None:
         return None
-    counts = Counter(tuple(params.items()) for params in by_path.values())
-    usual = dict(counts.most_common(1)[0][0])
     others = {f"mtp.{path}": x for path, x in by_path.items() if x != usual}
     model = {"mode": "affine"} | (config.get("quantization") or {})
     is_models_own = not others and usual == {name: model.get(name) for name in usual}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 from mlx_lm.models.qwen3_5 import SparseMoeBlock
@@ -21,8 +22,8 @@ from mlx_optiq_ext.heads import (
     add_sidecar,
     load_head,
     quantization_of,
+    quantization_params,
     quantize_head,
-    uniform_quantization,
 )
 from tests.heads.variants import DENSE, MOE, assert_same, checkpoint
 
@@ -65,7 +66,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_the_layer_is_quantised_as_the_models_last_layer_with_attention(
+def test_the_layer_is_quantised_as_most_of_the_models_last_layer_with_attention(
     tmp_path, originals
 ):
     def mixed(path: str, module: Any) -> dict[str, Any]:
@@ -76,14 +77,15 @@ def test_the_layer_is_quantised_as_the_models_last_layer_with_attention(
         originals[DENSE], tmp_path / "m", quantize=True, quant_predicate=mixed
     )
     head = head_for(folder, originals[DENSE])
-    assert {path: x["bits"] for path, x in quantization_of(head).items()} == {
-        f"{LAYER}self_attn.q_proj": 3,
-        f"{LAYER}self_attn.k_proj": 3,
-        f"{LAYER}self_attn.v_proj": 8,
-        f"{LAYER}self_attn.o_proj": 3,
-        f"{LAYER}mlp.gate_proj": 3,
-        f"{LAYER}mlp.up_proj": 3,
-        f"{LAYER}mlp.down_proj": 8,
+    params = {"group_size": 32, "bits": 3, "mode": "affine"}
+    assert quantization_of(head) == {
+        f"{LAYER}self_attn.q_proj": params,
+        f"{LAYER}self_attn.k_proj": params,
+        f"{LAYER}self_attn.v_proj": params,
+        f"{LAYER}self_attn.o_proj": params,
+        f"{LAYER}mlp.gate_proj": params,
+        f"{LAYER}mlp.up_proj": params,
+        f"{LAYER}mlp.down_proj": params,
     }
 
 
@@ -107,14 +109,13 @@ def test_a_model_in_full_gets_a_head_in_full(tmp_path, originals):
     assert quantization_of(head_for(folder, originals[DENSE])) == {}
 
 
-def test_the_same_quantisation_for_all_has_the_defaults_of_its_mode(originals):
+def test_a_quantisation_has_the_defaults_of_its_mode(originals):
     host = host_of(originals[MOE])
     head = load_head(originals[MOE], host.args, host.dtype)
     for mode, bits, group_size in (("affine", 4, 64), ("mxfp8", 8, 32)):
-        found = uniform_quantization(head, None, None, mode)
-        params = {"group_size": group_size, "bits": bits, "mode": mode}
-        assert found["mlp.switch_mlp.gate_proj"] == params
-    found = uniform_quantization(head, 2, 32, "affine")["self_attn.q_proj"]
+        found = quantization_params(head, None, None, mode)
+        assert found == {"group_size": group_size, "bits": bits, "mode": mode}
+    found = quantization_params(head, 2, 32, "affine")
     assert found == {"group_size": 32, "bits": 2, "mode": "affine"}
 
 
@@ -122,7 +123,7 @@ def test_groups_that_fit_no_layer_are_an_error(originals):
     host = host_of(originals[DENSE])
     head = load_head(originals[DENSE], host.args, host.dtype)
     with pytest.raises(ValueError, match=r"of 256 do not fit .* take 64, 128"):
-        uniform_quantization(head, None, 256, "affine")
+        quantization_params(head, None, 256, "affine")
 
 
 def test_the_sidecar_is_marked_named_and_out_of_reach_of_a_glob(model, originals):
@@ -160,11 +161,16 @@ def test_the_configuration_says_what_other_tools_look_for(model, originals):
     assert found == config
 
 
+def only_values(path: str, module: Any) -> bool:
+    return path == "v_proj"
+
+
 def test_layers_that_differ_are_named_in_the_configuration(model, originals):
     host = host_of(model)
     head = load_head(originals[DENSE], host.args, host.dtype)
     params = {"group_size": 64, "bits": 8, "mode": "affine"}
-    quantize_head(head, {**host.quantization, "self_attn.v_proj": params})
+    nn.quantize(head.layers[0].self_attn, 64, 8, class_predicate=only_values)
+    quantize_head(head, host.quantization)
     add_sidecar(model, head)
     block = config_of(model)["mtplx_mtp_quantization"]
     assert block["bits"] == 4
@@ -179,7 +185,7 @@ def test_experts_quantised_as_the_model_are_not_declared(
     folder = convert(originals[MOE], tmp_path / "model", quantize=True)
     host = host_of(folder)
     head = load_head(originals[MOE], host.args, host.dtype)
-    quantize_head(head, uniform_quantization(head, bits, None, "affine"))
+    quantize_head(head, quantization_params(head, bits, None, "affine"))
     add_sidecar(folder, head)
     assert ("mtplx_mtp_quantization" in config_of(folder)) == has_block
 
@@ -188,7 +194,7 @@ def test_a_new_head_replaces_an_old_one(model, originals):
     host = host_of(model)
     for bits in (8, 4):
         head = load_head(originals[DENSE], host.args, host.dtype)
-        quantize_head(head, uniform_quantization(head, bits, None, "affine"))
+        quantize_head(head, quantization_params(head, bits, None, "affine"))
         add_sidecar(model, head)
     assert_same(load_head(model, host.args, host.dtype), head)
     assert config_of(model)["mtplx_mtp_quantization"]["bits"] == 4

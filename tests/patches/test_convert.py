@@ -192,7 +192,7 @@ def test_the_type_asked_for_is_that_of_the_head_too(
     assert {x.dtype for x in tensors.values()} == {mx.float16}
 
 
-def test_a_recipe_for_mixed_bits_counts_for_the_head(
+def test_a_recipe_for_mixed_bits_gives_the_head_the_bits_of_most_layers(
     original: Path, tmp_path: Path
 ) -> None:
     mlx_lm.convert(
@@ -203,9 +203,8 @@ def test_a_recipe_for_mixed_bits_counts_for_the_head(
         quant_predicate="mixed_3_6",
     )
     found = quantization_of(head_of(tmp_path / "model"))
-    bits = {path.rpartition(".")[2]: x["bits"] for path, x in found.items()}
-    assert bits.pop("v_proj") == bits.pop("down_proj") == 6
-    assert set(bits.values()) == {3}
+    assert len(found) == 7
+    assert {x["bits"] for x in found.values()} == {3}
 
 
 def test_a_converted_model_is_converted_again_with_its_head(
