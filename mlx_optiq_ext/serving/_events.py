@@ -23,12 +23,22 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Call:
-    """A whole call of a tool.
+class CallStart:
+    """A call of a tool that is being written. Its pieces follow, then the `Call`."""
 
-    It has no pieces: most formats of calls are no JSON and are read as a whole, and
-    what was sent of a call that turns out to be malformed could not be taken back.
-    """
+    name: str
+
+
+@dataclass(frozen=True)
+class CallPiece:
+    """A piece of the arguments, as JSON."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A whole call of a tool; a `CallStart` and pieces of it may have come before."""
 
     name: str
     arguments: dict[str, Any]
@@ -48,7 +58,7 @@ class End:
     stop_sequence: str | None = None
 
 
-Event = Thought | Text | Call | End
+Event = Thought | Text | CallStart | CallPiece | Call | End
 
 
 @dataclass

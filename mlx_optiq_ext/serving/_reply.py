@@ -6,19 +6,22 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from mlx_lm.generate import TextStateMachine
 
-from ._events import Call, End, Event, Text, Thought, Usage
+from ._call_streams import CallStream, Parser, stream_call
+from ._errors import APIError
+from ._events import Call, CallPiece, CallStart, End, Event, Text, Thought, Usage
 from ._stop import StopMatcher
-
-Parser = Callable[[str, Any], Any]
-
 
 # A space at the start of a token, in byte-level vocabularies and in SentencePiece's.
 SPACES = ("\u0120", "\u2581")
+
+MALFORMED = (
+    "The model's call of {} is malformed, which showed after part of it was sent."
+)
 
 
 class Response(Protocol):
@@ -38,6 +41,7 @@ class Splitter:
         tools (list[dict], optional): What the parser is told about the tools.
         stop (Iterable[str]): Stop sequences. Only the answer's text is searched:
           a thought that mentions one does not end the reply, nor do arguments.
+        streams_calls (bool): Whether to give calls in pieces, where that is possible.
     """
 
     def __init__(
@@ -47,13 +51,17 @@ class Splitter:
         parser: Parser | None = None,
         tools: list[dict[str, Any]] | None = None,
         stop: Iterable[str] = (),
+        *,
+        streams_calls: bool = False,
     ):
         self._state = state_machine.make_state(initial_state)
         self.current = initial_state
         self._parser = parser
         self._tools = tools
         self._matcher = StopMatcher(stop)
-        self._call = ""
+        self._streams_calls = streams_calls
+        self._call = self._sent = ""
+        self._call_stream: CallStream | None = None
 
     @property
     def stop_sequence(self) -> str | None:
@@ -63,11 +71,15 @@ class Splitter:
         self._state, segments = _split(self._state, text)
         yield from self._events(segments)
 
-    def close(self) -> Iterator[Event]:
-        """The events of what was held back."""
+    def close(self, *, is_cut: bool = False) -> Iterator[Event]:
+        """The events of what was held back.
+
+        Args:
+            is_cut (bool): The model would have gone on.
+        """
         self._state, text, state = TextStateMachine.flush(self._state)
         yield from self._events([(state, text)])
-        yield from self._leave()
+        yield from self._leave(is_cut)
 
     def _events(self, segments: list[tuple[str, str]]) -> Iterator[Event]:
         for state, text in segments:
@@ -81,18 +93,48 @@ class Splitter:
 
     def _piece(self, text: str) -> Iterator[Event]:
         if self.current == "tool":
-            self._call += text
+            yield from self._call_piece(text)
         elif self.current == "reasoning":
             yield Thought(text)
         elif text := self._matcher.feed(text):
             yield Text(text)
 
-    def _leave(self) -> Iterator[Event]:
+    def _call_piece(self, text: str) -> Iterator[Event]:
+        if not self._call and self._streams_calls:
+            self._call_stream = stream_call(self._parser, self._tools)
+        self._call += text
+        if (stream := self._call_stream) is None:
+            return
+        was_named = stream.name is not None
+        piece = stream.feed(text)
+        if not was_named and stream.name is not None:
+            yield CallStart(stream.name)
+        yield from self._send(piece)
+
+    def _send(self, piece: str) -> Iterator[Event]:
+        if piece:
+            self._sent += piece
+            yield CallPiece(piece)
+
+    def _leave(self, is_cut: bool = False) -> Iterator[Event]:
         if self.current == "tool":
-            text, self._call = self._call, ""
-            yield from read_calls(text, self._parser, self._tools)
+            yield from self._leave_call(is_cut)
         elif self.stop_sequence is None and (text := self._matcher.flush()):
             yield Text(text)
+
+    def _leave_call(self, is_cut: bool) -> Iterator[Event]:
+        events = read_calls(self._call, self._parser, self._tools)
+        stream = self._call_stream
+        if stream is not None and stream.name is not None:
+            rest = stream.close()
+            if _begins_with(events, stream.name, self._sent + rest):
+                yield from self._send(rest)
+            elif is_cut:
+                events = []
+            else:
+                raise APIError(500, MALFORMED.format(stream.name), code="server_error")
+        self._call, self._sent, self._call_stream = "", "", None
+        yield from events
 
 
 def read_calls(
@@ -143,7 +185,8 @@ def read_reply(
                 return
         if splitter.stop_sequence is not None:
             break
-    yield from splitter.close() if splitter.stop_sequence is None else ()
+    if splitter.stop_sequence is None:
+        yield from splitter.close(is_cut=finish_reason == "length")
     yield _end(finish_reason, splitter.stop_sequence, is_cut_by_context)
 
 
@@ -206,6 +249,13 @@ def _split(state: Any, text: str) -> tuple[Any, list[tuple[str, str]]]:
         )
         segments += [(name, safe), (after, "")]
     return state, segments
+
+
+def _begins_with(events: list[Event], name: str, arguments: str) -> bool:
+    try:
+        return events[:1] == [Call(name, json.loads(arguments))]
+    except ValueError:
+        return False
 
 
 def _as_list(parsed: Any) -> list[Any]:

@@ -109,7 +109,12 @@ def _events(
         responses = with_leading_space(responses, generator.model_provider.tokenizer)
     parser = context.tool_parser if context.has_tool_calling else None
     splitter = Splitter(
-        context.text_sm, context.initial_state, parser, request.tools, chat.stop
+        context.text_sm,
+        context.initial_state,
+        parser,
+        request.tools,
+        chat.stop,
+        streams_calls=optional(chat.body, "stream", bool, False),
     )
     return read_reply(
         responses,

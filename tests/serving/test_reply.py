@@ -6,8 +6,19 @@ from typing import Any, NamedTuple
 
 import pytest
 from mlx_lm.generate import TextStateMachine
+from mlx_lm.tool_parsers import gemma4, json_tools, qwen3_coder
 
-from mlx_optiq_ext.serving._events import Call, End, Event, Text, Thought, Usage
+from mlx_optiq_ext.serving._errors import APIError
+from mlx_optiq_ext.serving._events import (
+    Call,
+    CallPiece,
+    CallStart,
+    End,
+    Event,
+    Text,
+    Thought,
+    Usage,
+)
 from mlx_optiq_ext.serving._reply import Splitter, read_reply, trim
 
 STATES = TextStateMachine(
@@ -161,6 +172,61 @@ def test_a_reply_may_begin_within_a_thought_or_a_call() -> None:
 def test_one_call_ends_a_reply_that_may_have_no_more() -> None:
     events = read([call("f"), call("g")], one_call=True)
     assert events == [Call("f", {}), End("stop")]
+
+
+def stream(
+    text: str, parser: Any = json_tools, finish_reason: str = "stop"
+) -> list[Event]:
+    """The events of a reply that is nothing but calls, as they are streamed."""
+    splitter = Splitter(STATES, "tool", parser.parse_tool_call, streams_calls=True)
+    responses = [Response(piece) for piece in cut(text, 3)]
+    responses[-1] = responses[-1]._replace(finish_reason=finish_reason)
+    return [*read_reply(responses, splitter, Usage())]
+
+
+def test_the_pieces_of_a_call_come_before_it() -> None:
+    text = call("f", x=["a", 1]).removeprefix("<tool_call>") + call("g")
+    events = stream(text)
+    assert [e for e in events if not isinstance(e, CallPiece)] == [
+        CallStart("f"),
+        Call("f", {"x": ["a", 1]}),
+        CallStart("g"),
+        Call("g", {}),
+        End("stop"),
+    ]
+    first = events[1 : events.index(Call("f", {"x": ["a", 1]}))]
+    assert len(first) > 2
+    assert "".join(e.text for e in first if isinstance(e, CallPiece)) == (
+        '{"x": ["a", 1]}'
+    )
+
+
+def test_calls_between_the_same_markers_follow_the_streamed_one() -> None:
+    events = stream('call:f{x:1}call:g{y:<|"|>z<|"|>}</tool_call>', gemma4)
+    calls = [e for e in events if isinstance(e, (CallStart, Call))]
+    assert calls == [CallStart("f"), Call("f", {"x": 1}), Call("g", {"y": "z"})]
+
+
+def test_a_call_that_began_well_and_is_malformed_is_an_error() -> None:
+    for text, parser in (
+        ('{"name": "f", "arguments": {"x": 1}, }</tool_call>', json_tools),
+        ("<function=f><parameter=x>1</parameter></tool_call>", qwen3_coder),
+        ("call:f{x:yes}</tool_call>", gemma4),
+    ):
+        with pytest.raises(APIError, match="call of f is malformed"):
+            stream(text, parser)
+
+
+def test_a_streamed_call_that_is_cut_off_stays_open() -> None:
+    text = '{"name": "f", "arguments": {"x": "ab'
+    events = stream(text, finish_reason="length")
+    assert (events[0], events[-1]) == (CallStart("f"), End("length"))
+    assert not any(isinstance(event, (Call, Text)) for event in events)
+    with pytest.raises(APIError):
+        stream(text)
+    # It is whole if only the marker is missing.
+    events = stream(text + '"}}', finish_reason="length")
+    assert events[-2:] == [Call("f", {"x": "ab"}), End("length")]
 
 
 def test_tokens_of_thoughts_are_counted() -> None:

@@ -77,6 +77,43 @@ def test_arguments_survive_the_way(client: anthropic.Anthropic) -> None:
     assert blocks(message) == [("f", arguments)]
 
 
+def test_the_arguments_of_a_call_are_streamed_as_they_are_written(
+    client: anthropic.Anthropic,
+) -> None:
+    arguments = {"text": "a" * 40 + 'ü "q"\n', "y": [1, {}]}
+    fields = request(say(call("f", arguments)), tools=[TOOL])
+    with client.messages.stream(**fields) as stream:
+        events = [*stream]
+    pieces = [event.partial_json for event in events if event.type == "input_json"]
+    assert len(pieces) > 40
+    assert events[-1].message.content[0].input == arguments
+
+
+def test_a_call_that_turns_out_to_be_malformed_is_an_error(
+    client: anthropic.Anthropic,
+) -> None:
+    reply = say(call("f", {"x": 1}).replace("}}", "}, }"))
+    assert blocks(client.messages.create(**request(reply, tools=[TOOL]))) == [
+        '\n{"name": "f", "arguments": {"x": 1}, }\n'
+    ]
+    with (
+        pytest.raises(anthropic.APIStatusError, match="call of f is malformed"),
+        client.messages.stream(**request(reply, tools=[TOOL])) as stream,
+    ):
+        stream.get_final_message()
+
+
+def test_a_streamed_call_that_is_cut_off_is_no_end_of_the_turn(
+    client: anthropic.Anthropic,
+) -> None:
+    reply = say(call("f", {"text": "a" * 100}))
+    fields = request(reply, tools=[TOOL], max_tokens=60)
+    with client.messages.stream(**fields) as stream:
+        message = stream.get_final_message()
+    assert message.stop_reason == "max_tokens"
+    assert [block.name for block in message.content] == ["f"]
+
+
 def test_a_malformed_call_is_shown(client: anthropic.Anthropic) -> None:
     reply = f"<tool_call>{{bad</tool_call>{call('f', {})}"
     message = both(client, say(reply), tools=[TOOL])

@@ -87,6 +87,29 @@ def test_arguments_survive_the_way(client: openai.OpenAI) -> None:
     assert output(response) == [("f", arguments)]
 
 
+def test_the_arguments_of_a_call_are_streamed_as_they_are_written(
+    client: openai.OpenAI,
+) -> None:
+    arguments = {"text": "a" * 40 + 'ü "q"\n', "y": [1, {}]}
+    events, response = run_stream(client, say(call("f", arguments)), tools=[TOOL])
+    kind = "response.function_call_arguments.delta"
+    pieces = [event.delta for event in events if event.type == kind]
+    assert len(pieces) > 40
+    assert "".join(pieces) == response.output[0].arguments
+    assert json.loads(response.output[0].arguments) == arguments
+
+
+def test_a_streamed_call_that_is_cut_off_is_incomplete(client: openai.OpenAI) -> None:
+    reply = say(call("f", {"text": "a" * 100}))
+    stream = client.responses.create(
+        **request(reply, tools=[TOOL], max_output_tokens=60), stream=True
+    )
+    response = [*stream][-1].response
+    assert response.status == "incomplete"
+    assert response.output[0].status == "incomplete"
+    assert response.output[0].arguments.startswith('{"text": "aaaa')
+
+
 def test_a_malformed_call_is_shown(client: openai.OpenAI) -> None:
     response = both(client, say("<tool_call>{bad</tool_call>"), tools=[TOOL])
     assert output(response) == ["{bad"]

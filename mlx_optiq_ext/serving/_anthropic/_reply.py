@@ -10,7 +10,7 @@ from typing import Any
 
 from .._chat import to_json
 from .._errors import APIError, anthropic_body
-from .._events import Call, End, Event, Text, Thought, Usage
+from .._events import Call, CallPiece, CallStart, End, Event, Text, Thought, Usage
 
 Body = dict[str, Any]
 
@@ -58,6 +58,10 @@ class MessageReply:
             yield from self._piece("text", event.text)
         elif isinstance(event, Thought):
             yield from self._piece("thinking", event.text)
+        elif isinstance(event, CallStart):
+            yield from self._begin_call(event.name)
+        elif isinstance(event, CallPiece):
+            yield self._input_delta(event.text)
         elif isinstance(event, Call):
             yield from self._call(event)
         else:
@@ -83,12 +87,18 @@ class MessageReply:
         self._blocks[-1][name] += text
         yield self._delta({"type": delta, name: text})
 
-    def _call(self, call: Call) -> Iterator[Body]:
+    def _begin_call(self, name: str) -> Iterator[Body]:
         block = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}"}
-        yield from self._open(block | {"name": call.name, "input": {}})
+        yield from self._open(block | {"name": name, "input": {}})
+
+    def _input_delta(self, text: str) -> Body:
+        return self._delta({"type": "input_json_delta", "partial_json": text})
+
+    def _call(self, call: Call) -> Iterator[Body]:
+        if not self._is_in("tool_use"):
+            yield from self._begin_call(call.name)
+            yield self._input_delta(to_json(call.arguments))
         self._blocks[-1]["input"] = call.arguments
-        partial_json = to_json(call.arguments)
-        yield self._delta({"type": "input_json_delta", "partial_json": partial_json})
         yield from self._close()
 
     def _end(self, end: End) -> Iterator[Body]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._chat import to_json
 from .._errors import APIError
-from .._events import Call, End, Event, Text, Thought, Usage
+from .._events import Call, CallPiece, CallStart, End, Event, Text, Thought, Usage
 from ._request import ResponseRequest
 from ._tools import ToolName
 
@@ -59,6 +59,10 @@ class ResponseReply:
             yield from self._text(event.text)
         elif isinstance(event, Thought):
             yield from self._thought(event.text)
+        elif isinstance(event, CallStart):
+            yield from self._begin_call(event.name)
+        elif isinstance(event, CallPiece):
+            yield from self._call_piece(event.text)
         elif isinstance(event, Call):
             yield from self._call(event)
         else:
@@ -110,17 +114,31 @@ class ResponseReply:
             "response.reasoning_text.delta", content_index=0, delta=text
         )
 
-    def _call(self, call: Call) -> Iterator[Body]:
-        tool = self._request.tool_box.client_name(call.name)
+    def _begin_call(self, name: str) -> Iterator[Body]:
+        tool = self._request.tool_box.client_name(name)
         kind = "custom_tool_call" if tool.is_custom else "function_call"
-        field, events = CALL_FIELDS[kind]
-        text = _free_form(call) if tool.is_custom else to_json(call.arguments)
         call_id = f"call_{uuid.uuid4().hex[:24]}"
-        fields = {field: "", "call_id": call_id, **_named(tool)}
+        fields = {CALL_FIELDS[kind][0]: "", "call_id": call_id, **_named(tool)}
         yield from self._open(kind, "ctc" if tool.is_custom else "fc", **fields)
-        self._item[field] = text
-        yield self._item_event(f"response.{events}.delta", delta=text)
-        done = {field: text} | ({} if tool.is_custom else {"name": tool.name})
+
+    def _call_piece(self, text: str) -> Iterator[Body]:
+        # The input of a free-form tool is one of the arguments, so it comes at the end.
+        if self._is_in("function_call"):
+            self._item["arguments"] += text
+            yield self._item_event("response.function_call_arguments.delta", delta=text)
+
+    def _call(self, call: Call) -> Iterator[Body]:
+        if not self._is_in("function_call") and not self._is_in("custom_tool_call"):
+            yield from self._begin_call(call.name)
+        is_custom = self._is_in("custom_tool_call")
+        field, events = CALL_FIELDS[self._item["type"]]
+        if not self._item[field]:
+            text = _free_form(call) if is_custom else to_json(call.arguments)
+            self._item[field] = text
+            yield self._item_event(f"response.{events}.delta", delta=text)
+        done = {field: self._item[field]}
+        if not is_custom:
+            done["name"] = self._item["name"]
         yield self._item_event(f"response.{events}.done", **done)
         yield from self._close()
 
