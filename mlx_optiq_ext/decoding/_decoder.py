@@ -145,13 +145,18 @@ class Decoder:
 
     def _rounds(self, current: Round) -> Iterator[Round]:
         while True:
-            # Without drafts it is known how many tokens there will be, and the next
-            # round need not wait for them, as in plain decoding.
-            following = self._launch(current) if current.is_certain else None
-            self._collect(current)
+            following, num_drafts = None, None
+            if current.is_certain:
+                num_drafts = self._advance(current)
+            if num_drafts == 0:
+                # The round need not wait for the token, as in plain decoding.
+                following = self._launch(current, 0)
+            self._collect(current, is_next_early=following is not None)
             self._stats.add_round(current.num_drafted)
             if following is None and current.error is None:
-                following = self._launch(current)
+                if num_drafts is None:
+                    num_drafts = self._advance(current)
+                following = self._launch(current, num_drafts)
             yield current
             if current.error is not None:
                 raise current.error
@@ -161,7 +166,7 @@ class Decoder:
             self._current, self._ahead, self._num_yielded = following, None, 0
             current = following
 
-    def _collect(self, current: Round) -> None:
+    def _collect(self, current: Round, is_next_early: bool) -> None:
         current.collect()
         now = time.perf_counter()
         if self._last_collected is not None:
@@ -169,22 +174,33 @@ class Decoder:
                 current.num_drafted,
                 current.num_accepted,
                 now - self._last_collected,
-                # A parked round that had to wait for the one before it is slower.
-                is_typical=current.num_drafted > 0 or current.is_early,
+                # A parked round takes as long as others if it was launched before it
+                # was waited for, and its successor while it was.
+                is_typical=current.num_drafted > 0
+                or (current.is_early and is_next_early),
             )
         self._last_collected = now
 
-    def _launch(self, current: Round) -> Round:
-        """Start the next round from what the current one emits."""
+    def _advance(self, current: Round) -> int:
+        """Keep what a round emits, and say how many tokens to draft after it."""
         tokens = current.tokens
         self._num_remaining -= tokens.size
         self._num_launched += tokens.size
         current.transaction.keep(tokens.size)
         self._target.quantize()
         self._remember(tokens)
+        if not (depth := self._depth.choose()):
+            return 0
+        # The round also emits one token of the target's own.
+        num_rows = min(self._num_remaining, self._target.max_rows)
+        return int(max(min(depth, num_rows - 1), 0))
+
+    def _launch(self, current: Round, num_drafts: int) -> Round:
+        """Start the next round from what the current one emits."""
+        tokens = current.tokens
         proposal = Proposal(self._verifier, self._history, self._num_launched)
         states = current.states[:, : tokens.size]
-        self._session.draft(tokens, states, self._num_drafts(), proposal)
+        self._session.draft(tokens, states, num_drafts, proposal)
         mx.async_eval(proposal.tokens)
         following = Round(
             self._target, self._verifier, proposal, is_early=not current.is_collected
@@ -193,11 +209,6 @@ class Decoder:
         following.run(mx.concatenate([tokens[-1:], *proposal.tokens]))
         following.dispatch(is_read=self._num_remaining > 0)
         return following
-
-    def _num_drafts(self) -> int:
-        """Draft tokens of the next round, which also emits one of the target's own."""
-        num_rows = min(self._num_remaining, self._target.max_rows)
-        return int(max(min(self._depth.choose(), num_rows - 1), 0))
 
     def _settle(self) -> None:
         """Bring every cache to hold the prompt and the tokens yielded, no more."""

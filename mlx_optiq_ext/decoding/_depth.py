@@ -177,7 +177,7 @@ class AutoDepth:
             # An interruption is not the fault of the depth.
             seconds = min(seconds, (2 + depth) / speeds[0])
             self._elapsed += seconds
-            if depth != (best := _best(speeds)):
+            if depth != (best := _best(speeds)) or not is_typical:
                 loss = seconds - (1 + num_accepted) / speeds[best]
                 self._lost = max(self._lost + loss, 0.0)
 
@@ -194,8 +194,8 @@ class AutoDepth:
         depth = min(neighbours, key=self._last_used.__getitem__)
         if self._num_rounds - self._last_used[depth] < PROBE_INTERVAL:
             return []
-        # The time of a parked round is only known when it follows another one.
-        probe = [depth] * (2 if depth == 0 else 1)
+        # The time of a parked round is only known between two others.
+        probe = [depth] * (3 if depth == 0 else 1)
         loss = self._rates.num_tokens(depth) * (1 / speeds[depth] - 1 / speeds[best])
         if self._lost + len(probe) * loss > PROBE_SHARE * self._elapsed:
             return []

@@ -34,6 +34,7 @@ RATES = {
     "good": [0.85] * 8,
 }
 SECONDS = 0.014  # of a plain token
+BUBBLE = 0.2  # of it, when a round without drafts has to wait for the one before
 NUM_TOKENS = 256
 
 
@@ -47,12 +48,18 @@ def run(
 ) -> tuple[float, list[int]]:
     """Seconds for some tokens by a depth, and the depths of the rounds."""
     chance, total, used, num_emitted = random.Random(seed), 0.0, [], 0
+    following: int | None = depth.choose()
     while num_emitted < num_tokens:
-        chosen = depth.choose()
+        chosen = depth.choose() if following is None else following
         hits = [chance.random() < rate for rate in rates[:chosen]] + [False]
         num_accepted = hits.index(False)
         seconds = SECONDS * costs[chosen] * (1 + abs(chance.gauss(0, noise)))
-        is_typical = chosen > 0 or not used or used[-1] == 0
+        is_early = not used or used[-1] == 0
+        if chosen == 0 and not is_early:
+            seconds *= 1 + BUBBLE
+        # After a round without drafts the next depth is chosen before it is known.
+        following = depth.choose() if chosen == 0 else None
+        is_typical = chosen > 0 or (is_early and following == 0)
         depth.observe(chosen, num_accepted, seconds, is_typical)
         used.append(chosen)
         total += seconds

@@ -17,6 +17,9 @@ SPECIAL = (
     "</think>",
     "<tool_call>",
     "</tool_call>",
+    "<|image_start|>",
+    "<|patch|>",
+    "<|image_end|>",
 )
 MERGES = (("S", "T"), ("ST", "O"), ("O", "P"), ("h", "i"))
 MAX_POSITIONS = 4096
@@ -29,7 +32,10 @@ TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>
 {% endif %}
-{%- if message.content is string %}{{ message.content }}{% endif %}
+{%- if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content or [] %}
+{%- if part.type == "text" %}{{ part.text }}{% else %}<|patch|>{% endif %}
+{%- endfor %}{% endif %}
 {%- for tool_call in message.tool_calls or [] %}<tool_call>
 {%- set tool_call = tool_call.function or tool_call %}
 {"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}
@@ -43,7 +49,7 @@ TEMPLATE = """\
 {% endif %}{% endif %}"""
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, *, takes_images: bool = False) -> Path:
     """Write the model's files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save(str(folder / "tokenizer.json"))
@@ -56,6 +62,9 @@ def make_model(folder: Path) -> Path:
         "eos_token_id": eos,
         "max_position_embeddings": MAX_POSITIONS,
     }
+    if takes_images:
+        config |= {"vision_config": {"patch_size": 14, "merge_size": 2}}
+        config |= {"processor_type": "muse_spark"}
     write(folder / "config.json", config)
     write(
         folder / "tokenizer_config.json",
