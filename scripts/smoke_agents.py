@@ -44,8 +44,14 @@ wire_api = "responses"
 
 
 @click.command()
-@click.option("--bin", "folder", default="", help="Where claude and codex are.")
-def main(folder: str) -> None:
+@click.option(
+    "--bin",
+    "folder",
+    type=click.Path(path_type=Path),
+    default="",
+    help="Where claude and codex are. Default: in the path.",
+)
+def main(folder: Path) -> None:
     """Run claude and codex against a server."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -67,18 +73,18 @@ def main(folder: str) -> None:
     sys.exit(not all(outcomes))
 
 
-def claude(folder: str, place: Path) -> list[str]:
+def claude(folder: Path, place: Path) -> list[str]:
     call = scripted.call("Read", {"file_path": str(place / "note.txt")})
     prompt = scripted.say(f"I look. {call}")
-    return [os.path.join(folder, "claude"), "-p", prompt, "--allowedTools", "Read"]
+    return [str(folder / "claude"), "-p", prompt, "--allowedTools", "Read"]
 
 
-def codex(folder: str, place: Path, server: ServerProcess) -> list[str]:
+def codex(folder: Path, place: Path, server: ServerProcess) -> list[str]:
     (place / "config.toml").write_text(CODEX_CONFIG.format(server.url))
     call = scripted.call("exec_command", {"cmd": f"cat {place / 'note.txt'}"})
     prompt = scripted.say(f"I look. {call}")
     options = ["--skip-git-repo-check", "--sandbox", "danger-full-access"]
-    return [os.path.join(folder, "codex"), "exec", *options, prompt]
+    return [str(folder / "codex"), "exec", *options, prompt]
 
 
 def run(name: str, command: list[str], place: Path, server: ServerProcess) -> bool:

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import openai
@@ -51,11 +52,11 @@ class ServerProcess:
         return self.log.read_text()
 
     def anthropic(self, **options: str) -> anthropic.Anthropic:
-        defaults = {"api_key": "none", "base_url": self.url}
+        defaults: dict[str, Any] = {"api_key": "none", "base_url": self.url}
         return anthropic.Anthropic(**defaults | options, timeout=TIMEOUT, max_retries=0)
 
     def openai(self, **options: str) -> openai.OpenAI:
-        defaults = {"api_key": "none", "base_url": f"{self.url}/v1"}
+        defaults: dict[str, Any] = {"api_key": "none", "base_url": f"{self.url}/v1"}
         return openai.OpenAI(**defaults | options, timeout=TIMEOUT, max_retries=0)
 
     def connect(self) -> socket.socket:

@@ -7,7 +7,9 @@ raise.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,34 +23,42 @@ class ModelArgs:
     eos_token_id: int
 
     @classmethod
-    def from_dict(cls, config):
+    def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
         return cls(config["vocab_size"], config["eos_token_id"])
 
 
 class Model(nn.Module):
-    def __init__(self, args):
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         self.model_type = "scripted"
         self.unused = mx.zeros((1,))
 
     @property
-    def layers(self):
+    def layers(self) -> list[nn.Module]:
         return [nn.Module()]
 
-    def embed_inputs(self, inputs, pixel_values):
+    def embed_inputs(
+        self, inputs: mx.array, pixel_values: Sequence[mx.array]
+    ) -> mx.array:
         """What the model is to see of images, to which it says nothing."""
         assert all(pixels.ndim == 3 for pixels in pixel_values)
         return mx.zeros((*inputs.shape, 1))
 
-    def __call__(self, inputs, cache, input_embeddings=None, **kwargs):
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any],
+        input_embeddings: mx.array | None = None,
+        **kwargs: Any,
+    ) -> mx.array:
         keys = inputs.astype(mx.float32)[:, None, :, None]
         history, _ = cache[0].update_and_fetch(keys, keys)
         rows = history[:, 0, :, 0].astype(mx.int32).tolist()
         tokens = mx.array([self._next(row, inputs.shape[1]) for row in rows])
         return mx.where(mx.arange(self.args.vocab_size) == tokens[..., None], 50.0, 0.0)
 
-    def _next(self, row, num_new):
+    def _next(self, row: list[int], num_new: int) -> list[int]:
         """What follows each of the last tokens; earlier ones nobody asks about."""
         script = read_script(row) or {"ids": []}
         num_said = count_said(row, script["ids"])
@@ -60,7 +70,7 @@ class Model(nn.Module):
         return [self.args.eos_token_id] * (num_new - len(known)) + known
 
 
-def next_token(row, eos_token_id):
+def next_token(row: list[int], eos_token_id: int) -> int:
     script = read_script(row)
     if script is None:
         return eos_token_id
@@ -68,7 +78,7 @@ def next_token(row, eos_token_id):
     return [*ids, eos_token_id][count_said(row, ids)]
 
 
-def count_said(row, ids):
+def count_said(row: list[int], ids: list[int]) -> int:
     return max(
         count
         for count in range(min(len(ids), len(row)) + 1)
@@ -76,7 +86,7 @@ def count_said(row, ids):
     )
 
 
-def read_script(row):
+def read_script(row: list[int]) -> dict[str, Any] | None:
     # The tokens of ASCII text are its bytes in the order of the byte-level alphabet.
     text = "".join(chr(token + 33) if token < 94 else " " for token in row)
     start = text.rfind("@{")
