@@ -62,7 +62,7 @@ def test_a_model_with_its_head_works():
     assert all(x["difference"] is None for x in test["prompts"].values())
     assert test["acceptance_rate"] > 0.5
     assert test["mean_accepted_length"] == pytest.approx(1 + test["acceptance_rate"])
-    assert report["pays"] == (test["speed_up"] > 1)
+    assert report["pays"] == (test["speed_up"] >= 1.05)
     assert report["verdict"].endswith(
         f"{test['speed_up']:.2f}x, measured on built-in prompts"
     )
@@ -212,6 +212,12 @@ def found_by_trying(**changes: Any) -> dict[str, Any]:
             True,
             False,
             "works but does not pay here: 0.80x",
+        ),
+        (
+            found_by_trying(speed_up=1.02),
+            True,
+            False,
+            "works but does not pay here: 1.02x",
         ),
         (
             found_by_trying(acceptance_rate=0.05),

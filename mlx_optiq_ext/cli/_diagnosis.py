@@ -45,6 +45,8 @@ NEAR_TIE = 0.7
 # Published heads and assistants reach 0.3 to 0.9. One that belongs to another model, or
 # whose norms are of the wrong convention, is right by chance only.
 MIN_ACCEPTANCE_RATE = 0.1
+# Less is within what one run of each prompt can tell.
+MIN_SPEED_UP = 1.05
 
 LOST = (
     "The usual cause is a conversion that left the head out. To get it back: "
@@ -260,9 +262,10 @@ def _judge(report: Report) -> Report:
             f"speculation will not work: {accepted:.1%} of draft tokens are accepted, "
             "so the drafter is that of another model or damaged"
         )
-    elif speed_up > 1:
+    elif speed_up >= MIN_SPEED_UP:
         verdict = f"speculation works and pays here: {measured}"
     else:
         verdict = f"speculation works but does not pay here: {measured}"
     works = margin <= NEAR_TIE and accepted >= MIN_ACCEPTANCE_RATE
-    return {"works": works, "pays": works and speed_up > 1, "verdict": verdict}
+    pays = works and speed_up >= MIN_SPEED_UP
+    return {"works": works, "pays": pays, "verdict": verdict}

@@ -149,7 +149,7 @@ class SpeculativeBatch(GenerationBatch):
                 processors,
                 options.num_draft_tokens == "auto",
             ),
-            make_depth(options.num_draft_tokens, self.model),
+            make_depth(options.num_draft_tokens, self.model, drafter),
             self.max_tokens[0] - self._num_tokens[0] - 1,
             options.stats,
             mx.array(self.tokens[0]) if processors else None,

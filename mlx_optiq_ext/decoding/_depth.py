@@ -10,12 +10,13 @@ as fast as without speculation.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from typing import Protocol
 
 import mlx.nn as nn
 
 from .._options import MAX_DRAFT_TOKENS, NumDraftTokens
+from ..drafters import Drafter
 
 NUM_TIMES = 5  # latest rounds of a depth whose times count
 MIN_TIMES = 2  # of them, before the depth is known
@@ -208,11 +209,16 @@ def _best(speeds: list[float]) -> int:
     return next(depth for depth, speed in enumerate(speeds) if speed >= enough)
 
 
-def make_depth(num_draft_tokens: NumDraftTokens, model: nn.Module) -> Depth:
-    """How deep to draft for a model, which remembers what its rounds took."""
+def make_depth(
+    num_draft_tokens: NumDraftTokens, model: nn.Module, drafter: Drafter
+) -> Depth:
+    """How deep to draft for a model, which remembers what rounds took with a drafter.
+
+    Drafters are told apart by their kind.
+    """
     if num_draft_tokens != "auto":
         return FixedDepth(num_draft_tokens)
     if not hasattr(model, "_round_times"):
         # Not by nn.Module.__setattr__: this is none of the model's parameters.
-        object.__setattr__(model, "_round_times", RoundTimes())
-    return AutoDepth(model._round_times)
+        object.__setattr__(model, "_round_times", defaultdict(RoundTimes))
+    return AutoDepth(model._round_times[type(drafter)])

@@ -91,7 +91,7 @@ def spec_generate_step(
             Target(model, drafter.reads_hidden_states, prompt_cache, options),
             drafter,
             Verifier(sampler, logits_processors, num_draft_tokens == "auto"),
-            make_depth(num_draft_tokens, model),
+            make_depth(num_draft_tokens, model, drafter),
             max_tokens,
             SpeculationStats() if stats is None else stats,
         )

@@ -18,6 +18,8 @@ from mlx_optiq_ext.decoding._depth import (
     _ascending,
     make_depth,
 )
+from mlx_optiq_ext.drafters import DraftModelDrafter
+from tests.helpers import ScriptedDrafter
 
 # What a round of depth 0, 1 and so on costs, its drafts included, in units of one token
 # of plain decoding.
@@ -177,12 +179,14 @@ def test_rates_are_those_of_the_positions_that_were_put_to_the_test() -> None:
 
 
 def test_a_model_remembers_its_times_and_stays_what_it_was() -> None:
-    model = nn.Linear(2, 2)
+    model, drafter = nn.Linear(2, 2), ScriptedDrafter([], 2, bool)
     before = set(model)
-    assert isinstance(make_depth(3, model), FixedDepth)
+    assert isinstance(make_depth(3, model, drafter), FixedDepth)
     assert not hasattr(model, "_round_times")
-    make_depth("auto", model)
-    times = model._round_times
-    make_depth("auto", model)
-    assert model._round_times is times
+    first = make_depth("auto", model, drafter)
+    assert isinstance(first, AutoDepth)
+    run(first, COSTS["rows cost little"], RATES["good"])
+    assert make_depth("auto", model, ScriptedDrafter([], 2, bool)).choose() > 0
+    other = DraftModelDrafter(model)
+    assert make_depth("auto", model, other).choose() == 0
     assert set(model) == before
