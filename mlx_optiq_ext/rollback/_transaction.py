@@ -26,6 +26,8 @@ from ._tape import Tape
 
 Forward = Callable[[int], Any]
 
+MAX_ROWS = 128  # of a pass, more than any is made of
+
 
 class Mark(Protocol):
     """How one cache entry stood before a pass."""
@@ -65,6 +67,14 @@ class _ConcatenateMark:
             entry.values = entry.values[..., :num_kept, :]
 
 
+def _rotating_mark(entry: RotatingKVCache) -> Mark:
+    # As long as it is not full, a ring is an append-only entry.
+    is_empty = entry.keys is None
+    if is_empty or entry.offset + MAX_ROWS > entry.max_size:
+        return _RotatingMark(entry)
+    return _OffsetMark(entry)
+
+
 class _RotatingMark:
     """A ring buffer, whose ``trim`` upstream is wrong once it has wrapped.
 
@@ -75,7 +85,8 @@ class _RotatingMark:
     def __init__(self, entry: RotatingKVCache):
         self._entry = entry
         self._offset, self._index = entry.offset, entry._idx
-        # Handles of their own: an update in place changes the array of the entry.
+        # Handles of their own: an update in place changes the array of the entry, and
+        # copies it as long as there is another handle.
         self._keys, self._values = (
             None if array is None else array[...]
             for array in (entry.keys, entry.values)
@@ -131,7 +142,7 @@ def _(entry: ConcatenateKVCache) -> list[Mark]:
 
 @marks.register
 def _(entry: RotatingKVCache) -> list[Mark]:
-    return [_RotatingMark(entry)]
+    return [_rotating_mark(entry)]
 
 
 @marks.register
@@ -163,7 +174,10 @@ class Transaction:
         self._num_rows = 0
 
     def run(self, forward: Forward, num_rows: int) -> Any:
-        """Call ``forward(num_rows)``, which makes the pass over its first rows."""
+        """Call ``forward(num_rows)``, which makes the pass over its first rows.
+
+        There may be at most ``MAX_ROWS`` of them.
+        """
         self._forward = forward
         self._num_rows = self._num_kept = num_rows
         # A single row is kept or not, and needs no tape for either.

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 
 from mlx_optiq_ext import SpeculationError
 from mlx_optiq_ext.rollback import Tape, Transaction, can_tape
+from mlx_optiq_ext.rollback._transaction import MAX_ROWS
 from tests.helpers import assert_same_cache, contents, load_tiny
 
 NUM_HEADS, HEAD_SIZE = 2, 32
@@ -30,6 +31,8 @@ KV_CACHES: dict[str, Callable[[], Any]] = {
     "concatenate": ConcatenateKVCache,
     "chunked": lambda: ChunkedKVCache(64),
     "rotating": lambda: RotatingKVCache(max_size=12),
+    "rotating far from full": lambda: RotatingKVCache(max_size=400),
+    "rotating soon full": lambda: RotatingKVCache(max_size=MAX_ROWS + 11),
     "rotating with a kept start": lambda: RotatingKVCache(max_size=12, keep=4),
     "nested": lambda: CacheList(KVCache(), RotatingKVCache(max_size=12)),
 }
