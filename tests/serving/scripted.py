@@ -63,8 +63,10 @@ def make_model(folder: Path, *, takes_images: bool = False) -> Path:
         "max_position_embeddings": MAX_POSITIONS,
     }
     if takes_images:
+        from mlx_lm.processors import PROCESSORS
+
         config |= {"vision_config": {"patch_size": 14, "merge_size": 2}}
-        config |= {"processor_type": "muse_spark"}
+        config |= {"processor_type": next(iter(PROCESSORS))}
     write(folder / "config.json", config)
     write(
         folder / "tokenizer_config.json",
