@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,23 @@ def make_model(folder: Path, *, takes_images: bool = False) -> Path:
         "eos_token_id": eos,
         "max_position_embeddings": MAX_POSITIONS,
     }
+    template = TEMPLATE
     if takes_images:
         from mlx_lm.processors import PROCESSORS
 
+        name, processor = next(iter(PROCESSORS.items()))
         config |= {"vision_config": {"patch_size": 14, "merge_size": 2}}
-        config |= {"processor_type": next(iter(PROCESSORS))}
+        config |= {"processor_type": name}
+        # What stands for an image in a template, where that is not the patch's token.
+        module = sys.modules[processor.__module__]
+        image = getattr(module, "IMAGE_PLACEHOLDER", "<|patch|>")
+        template = TEMPLATE.replace("<|patch|>", image)
     write(folder / "config.json", config)
     write(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
     )
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     mx.save_safetensors(str(folder / "model.safetensors"), {"unused": mx.zeros((1,))})
     shutil.copy(Path(__file__).with_name("scripted_model.py"), folder)
     return folder
