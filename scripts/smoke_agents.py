@@ -31,7 +31,7 @@ from tests.serving.scripted_drafter import (  # noqa: E402
 ANSWER = "The note was read."
 TIMEOUT = 120.0  # seconds
 # Agents send some ten thousand words, and a token is a byte here.
-scripted.MAX_POSITIONS = 1 << 20
+MAX_POSITIONS = 1 << 20
 
 CODEX_CONFIG = """
 model = "gpt-x"
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         (place / "note.txt").write_text(scripted.say(ANSWER))
         (place / "drafter").mkdir()
         server = ServerProcess(
-            scripted.make_model(place / "model"),
+            scripted.make_model(place / "model", max_positions=MAX_POSITIONS),
             place / "server.log",
             *("--draft", str(make_drafter(place / "drafter"))),
             start=START_WITH_DRAFTER,

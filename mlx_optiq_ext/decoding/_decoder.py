@@ -145,12 +145,10 @@ class Decoder:
 
     def _rounds(self, current: Round) -> Iterator[Round]:
         while True:
-            following, num_drafts = None, None
-            if current.is_certain:
-                num_drafts = self._advance(current)
-            if num_drafts == 0:
-                # The round need not wait for the token, as in plain decoding.
-                following = self._launch(current, 0)
+            num_drafts = self._advance(current) if current.is_certain else None
+            # Without drafts the next round need not wait for the token, as in plain
+            # decoding.
+            following = self._launch(current, 0) if num_drafts == 0 else None
             self._collect(current, is_next_early=following is not None)
             self._stats.add_round(current.num_drafted)
             if following is None and current.error is None:

@@ -10,60 +10,66 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from ._chat import to_json
+from ._stop import num_undecided
 
 Parser = Callable[[str, Any], Any]
 
 
-class CallStream(Protocol):
-    """Reads one call."""
+class CallStream:
+    """Reads one call: its beginning, with the name of the tool, and then the rest.
 
-    @property
-    def name(self) -> str | None:
-        """The tool, once it is known."""
-        ...
+    ``name`` is None until it is known.
+    """
 
-    def feed(self, text: str) -> str:
-        """What more of the JSON of the arguments is known with this text."""
-        ...
-
-    def close(self) -> str:
-        """The rest of the JSON, if the text is over."""
-        ...
-
-
-class JSONCallStream:
-    """``{"name": "f", "arguments": {"x": 1}}``, of whose arguments nothing changes."""
-
-    _START = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"arguments"\s*:\s*\{')
+    _START: re.Pattern[str]
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._beginning = ""
-        self._depth = 1
-        self._is_in_string = self._is_escaped = False
+        self._rest = ""
 
     def feed(self, text: str) -> str:
-        if self.name is not None:
-            return self._arguments(text)
-        self._beginning += text
-        match = self._START.match(self._beginning)
-        if match is None:
-            return ""
-        self.name = match[1]
-        return "{" + self._arguments(self._beginning[match.end() :])
+        """What more of the JSON of the arguments is known with this text."""
+        self._rest += text
+        if self.name is None:
+            match = self._START.search(self._rest)
+            if match is None:
+                return ""
+            self.name = match[1]
+            self._rest = self._rest[match.end() :]
+        return self._read()
 
     def close(self) -> str:
+        """The rest of the JSON, if the text is over."""
         return ""
 
-    def _arguments(self, text: str) -> str:
-        """The part of a text before the end of the outermost object."""
+    def _read(self) -> str:
+        """Take from the text behind the beginning what is known."""
+        raise NotImplementedError
+
+
+class JSONCallStream(CallStream):
+    """``{"name": "f", "arguments": {"x": 1}}``, of whose arguments nothing changes."""
+
+    _START = re.compile(
+        r'\A\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"arguments"\s*:\s*(?=\{)'
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth = 0
+        self._is_in_string = self._is_escaped = self._is_over = False
+
+    def _read(self) -> str:
+        """The text up to the end of the outermost object."""
+        text, self._rest = self._rest, ""
         for position, character in enumerate(text):
-            if self._depth == 0:
+            if self._is_over:
                 return text[:position]
             self._step(character)
+            self._is_over = self._depth == 0
         return text
 
     def _step(self, character: str) -> None:
@@ -77,7 +83,7 @@ class JSONCallStream:
             self._depth += (character in "{[") - (character in "}]")
 
 
-class GemmaCallStream:
+class GemmaCallStream(CallStream):
     """``call:f{x:1,text:<|"|>...<|"|>}``: bare keys, and quotes of its own."""
 
     _START = re.compile(r"call:([\w-]+)(?=\{)")
@@ -86,27 +92,16 @@ class GemmaCallStream:
     _MAY_BE_KEY = re.compile(r"[{,]\w*$")
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self._rest = ""
+        super().__init__()
         self._depth = 0
         self._is_in_string = self._is_over = False
 
-    def feed(self, text: str) -> str:
-        self._rest += text
-        if self.name is None:
-            match = self._START.search(self._rest)
-            if match is None:
-                return ""
-            self.name = match[1]
-            self._rest = self._rest[match.end() :]
+    def _read(self) -> str:
         parts = self._rest.split(self._QUOTE)
         known = [self._known(part) + self._turn() for part in parts[:-1]]
         num_known = len(parts[-1]) - self._num_held(parts[-1])
         self._rest = parts[-1][num_known:]
         return "".join([*known, self._known(parts[-1][:num_known])])
-
-    def close(self) -> str:
-        return ""
 
     def _known(self, text: str) -> str:
         if self._is_over:
@@ -127,13 +122,13 @@ class GemmaCallStream:
         return "" if self._is_over else '"'
 
     def _num_held(self, text: str) -> int:
-        num_held = num_beginning(text, self._QUOTE)
+        num_held = num_undecided(text, [self._QUOTE])
         if not self._is_in_string and (match := self._MAY_BE_KEY.search(text)):
             num_held = max(num_held, len(match[0]))
         return num_held
 
 
-class XMLCallStream:
+class XMLCallStream(CallStream):
     """``<function=f><parameter=x>...</parameter></function>``, of Qwen3-Coder and 3.5.
 
     The value of a parameter is a string if mlx-lm's parser says so, whatever it holds.
@@ -147,28 +142,24 @@ class XMLCallStream:
     _START = re.compile(r"<function=\s*([^\s<>]+)(?:>|(?=[\s<]))")
     _PARAMETER = re.compile(r"<parameter=\s*([^\s<>]+)(?:>|(?=[\s<]))")
     _END = "</parameter>"
+    _ENDS = (_END, f"\n{_END}")
 
     def __init__(self, parser: Parser, tools: list[dict[str, Any]] | None):
-        self.name: str | None = None
+        super().__init__()
         self._parser = parser
         self._tools = tools
-        self._rest = ""
         self._key: str | None = None
         self._num_parameters = 0
         self._is_string = self._is_open = False
 
-    def feed(self, text: str) -> str:
-        self._rest += text
-        if self.name is None and (match := self._START.search(self._rest)):
-            self.name = match[1]
-            self._rest = self._rest[match.end() :]
-        known = ""
-        while self.name is not None and (more := self._step()):
-            known += more
-        return known
-
     def close(self) -> str:
         return "}" if self._num_parameters else "{}"
+
+    def _read(self) -> str:
+        known = ""
+        while more := self._step():
+            known += more
+        return known
 
     def _step(self) -> str:
         return self._begin() if self._key is None else self._value()
@@ -181,7 +172,7 @@ class XMLCallStream:
             return ""
         self._key = match[1]
         self._rest = self._rest[match.end() :].removeprefix("\n")
-        self._is_string, self._is_open = self._read("[1]") == "[1]", False
+        self._is_string, self._is_open = self._convert("[1]") == "[1]", False
         self._num_parameters += 1
         separator = "{" if self._num_parameters == 1 else ", "
         return f"{separator}{to_json(self._key)}: "
@@ -194,7 +185,7 @@ class XMLCallStream:
         if self._is_open:
             known = escaped(value.removesuffix("\n")) + '"'
         else:
-            known = to_json(self._read(value))
+            known = to_json(self._convert(value))
         self._key = None
         return known
 
@@ -202,9 +193,7 @@ class XMLCallStream:
         """As much of an unfinished value as is sure to be in the string."""
         if not self._is_string:
             return ""
-        ends = (self._END, f"\n{self._END}")
-        num_held = max(num_beginning(self._rest, end) for end in ends)
-        num_known = len(self._rest) - num_held
+        num_known = len(self._rest) - num_undecided(self._rest, self._ENDS)
         known, rest = self._rest[:num_known], self._rest[num_known:]
         # A value that is no more than this word is no string.
         if not self._is_open and "null".startswith(known.lower()):
@@ -213,7 +202,7 @@ class XMLCallStream:
         self._rest, self._is_open = rest, True
         return quote + escaped(known)
 
-    def _read(self, value: str) -> Any:
+    def _convert(self, value: str) -> Any:
         """What mlx-lm makes of a value, None if it is an error, which then ends it."""
         call = (
             f"<function={self.name}><parameter={self._key}>\n{value}</parameter>"
@@ -242,9 +231,3 @@ def stream_call(
 def escaped(text: str) -> str:
     """A text as it is within the quotes of a JSON string."""
     return to_json(text)[1:-1]
-
-
-def num_beginning(text: str, marker: str) -> int:
-    """How many characters at the end of a text may be the beginning of a marker."""
-    sizes = range(min(len(marker) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if marker.startswith(text[-size:])), 0)

@@ -52,21 +52,21 @@ def send_reply(
     Raises:
         APIError: If it failed before anything was sent.
     """
-    is_stream = optional(chat.body, "stream", bool, False)
-    if is_stream:
+    is_streamed = _is_streamed(chat)
+    if is_streamed:
         exchange.open_stream(reply)
     try:
         for body in write_reply(exchange, chat, reply, usage):
             if body["type"] in LAST_EVENTS:
                 keep(reply.result())
-            if is_stream:
+            if is_streamed:
                 exchange.send_event(body)
     except (ConnectionError, TimeoutError):
         raise
     except Exception as exc:
         _fail(exchange, reply, exc)
     else:
-        if not is_stream:
+        if not is_streamed:
             exchange.send_json(200, reply.result())
 
 
@@ -114,7 +114,7 @@ def _events(
         parser,
         request.tools,
         chat.stop,
-        streams_calls=optional(chat.body, "stream", bool, False),
+        streams_calls=_is_streamed(chat),
     )
     return read_reply(
         responses,
@@ -123,6 +123,10 @@ def _events(
         one_call=chat.one_call,
         is_cut_by_context=request.is_cut_by_context,
     )
+
+
+def _is_streamed(chat: Chat) -> bool:
+    return optional(chat.body, "stream", bool, False)
 
 
 def _fail(exchange: Exchange, reply: Reply, exc: Exception) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class StopMatcher:
@@ -31,7 +31,8 @@ class StopMatcher:
         if found:
             _, position, self.matched = min(found)
             return self._take(position)
-        return self._take(len(self._held) - self._num_undecided())
+        num_held = num_undecided(self._held, self._sequences)
+        return self._take(len(self._held) - num_held)
 
     def flush(self) -> str:
         """What was held back, once nothing more can follow."""
@@ -41,11 +42,11 @@ class StopMatcher:
         taken, self._held = self._held[:num_characters], self._held[num_characters:]
         return taken
 
-    def _num_undecided(self) -> int:
-        """The length of the longest end of the text that starts a stop sequence."""
-        longest = max(map(len, self._sequences), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(sequence.startswith(end) for sequence in self._sequences):
-                return length
-        return 0
+
+def num_undecided(text: str, sequences: Sequence[str]) -> int:
+    """The length of the longest end of a text that starts one of some sequences."""
+    longest = max(map(len, sequences), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(sequence.startswith(text[-length:]) for sequence in sequences):
+            return length
+    return 0

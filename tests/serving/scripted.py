@@ -50,7 +50,9 @@ TEMPLATE = """\
 {% endif %}{% endif %}"""
 
 
-def make_model(folder: Path, *, takes_images: bool = False) -> Path:
+def make_model(
+    folder: Path, *, takes_images: bool = False, max_positions: int = MAX_POSITIONS
+) -> Path:
     """Write the model's files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save(str(folder / "tokenizer.json"))
@@ -61,7 +63,7 @@ def make_model(folder: Path, *, takes_images: bool = False) -> Path:
         "model_file": "scripted_model.py",
         "vocab_size": vocab_size,
         "eos_token_id": eos,
-        "max_position_embeddings": MAX_POSITIONS,
+        "max_position_embeddings": max_positions,
     }
     template = TEMPLATE
     if takes_images:

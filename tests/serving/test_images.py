@@ -12,7 +12,7 @@ from PIL import Image
 
 from .conftest import Starter
 from .scripted import call, make_model, say
-from .scripted_drafter import START_WITH_DRAFTER, make_drafter
+from .test_spans import start_pair
 from .test_speculation import ANTHROPIC, CHAT, RESPONSES, Pair, assert_counts_add_up
 
 pytestmark = pytest.mark.skipif(
@@ -24,12 +24,9 @@ TEXT = f"a square{call('f', {'x': 1})}and no more STOP x"
 
 @pytest.fixture(scope="module")
 def pair(start_server: Starter, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    drafter = make_drafter(tmp_path_factory.mktemp("drafter"))
     model = make_model(tmp_path_factory.mktemp("model"), takes_images=True)
-    speculating = start_server(
-        "--draft", str(drafter), folder=model, start=START_WITH_DRAFTER
-    )
-    return Pair(speculating, start_server(folder=model))
+    place = tmp_path_factory.mktemp("drafter")
+    return start_pair(start_server, place, folder=model)
 
 
 def picture(num_tokens: int, colour: str = "red") -> str:

@@ -6,6 +6,7 @@ of thoughts and calls, stop sequences, limits and the end of the text.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,9 +45,14 @@ REPLIES = {
 
 @pytest.fixture(scope="module")
 def pair(start_server: Starter, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    drafter = make_drafter(tmp_path_factory.mktemp("drafter"))
-    speculating = start_server("--draft", str(drafter), start=START_WITH_DRAFTER)
-    return Pair(speculating, start_server())
+    return start_pair(start_server, tmp_path_factory.mktemp("drafter"))
+
+
+def start_pair(start_server: Starter, place: Path, **options: Any) -> Pair:
+    """Servers of a scripted model, one with the drafter that knows the script."""
+    drafter = str(make_drafter(place))
+    speculating = start_server("--draft", drafter, start=START_WITH_DRAFTER, **options)
+    return Pair(speculating, start_server(**options))
 
 
 def compare(pair: Pair, path: str, text: str, **options: Any) -> Reply:
