@@ -129,6 +129,8 @@ class GuidedDrafter:
 
 
 class GuidedSession:
+    last_state = None
+
     def __init__(self, drafter: GuidedDrafter, session: Any, prompt_cache: list[Any]):
         self.drafter = drafter
         self.session = session

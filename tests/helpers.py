@@ -67,6 +67,8 @@ class ScriptedDrafter:
 
 
 class ScriptedSession:
+    last_state = None
+
     def __init__(self, drafter: ScriptedDrafter):
         self.drafter = drafter
         self.num_seen = 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import wrapt
 from mlx_lm.generate import (
     DEFAULT_QUANTIZED_KV_START,
     GenerationBatch,
@@ -27,6 +28,9 @@ from ._depth import make_depth
 from ._rows import Verifier
 from ._statistics import SpeculationStats
 from ._target import CacheOptions, Target
+
+# For what must not wait until the device is through with the next round.
+reading_stream = mx.new_thread_local_stream(mx.cpu)
 
 CACHE_OPTIONS = CacheOptions(None, None, 64, DEFAULT_QUANTIZED_KV_START)
 
@@ -45,36 +49,38 @@ class SequenceOptions:
     stats: SpeculationStats
 
 
+class ReadableRow(wrapt.ObjectProxy):
+    """An array that is computed already, of which entries are read at once.
+
+    Whoever reads one with ``row[index].item()`` would otherwise wait for everything
+    that was started in the meantime.
+    """
+
+    def __getitem__(self, index: Any) -> mx.array:
+        with mx.stream(reading_stream):
+            return self.__wrapped__[index]
+
+
 class _Solo:
     """A sequence that is decoded in rounds.
 
     Args:
-        decoder (Decoder): With the sequence's cache, which lacks ``first``.
-        first (Token): What the batch has drawn for the sequence and not returned yet.
+        decoder (Decoder): With the sequence's cache.
+        token (mx.array): What the batch has drawn for the sequence and neither returned
+          nor put into the cache, ``[1]``.
+        logprobs (mx.array): Of it, ``[vocab]``.
     """
 
-    def __init__(self, decoder: Decoder, first: Token):
+    def __init__(self, decoder: Decoder, token: mx.array, logprobs: mx.array):
         self._decoder = decoder
-        self._first = first
-        self._rounds = decoder.rounds(mx.array([first[0]], mx.uint32))
-        self._has_begun = False
-        self._has_fed_first = False
+        self._rounds = decoder.resume(token, logprobs)
 
     def next(self) -> Iterator[Token]:
         """The tokens of the next round, counted as they are taken."""
-        if self._has_begun:
-            self._has_fed_first = True
-            yield from self._decoder.emit(next(self._rounds))
-        else:
-            self._has_begun = True
-            yield self._first
+        return self._decoder.emit(next(self._rounds))
 
     def end(self) -> None:
         """Leave the cache with every token taken."""
-        # A round that is left in its middle must not be followed by another one, which
-        # would keep all of it.
-        if not self._has_fed_first:
-            next(self._rounds, None)
         self._rounds.close()
 
     def pause(self) -> None:
@@ -124,8 +130,12 @@ class SpeculativeBatch(GenerationBatch):
         if self._solo is None and len(self.uids) == 1:
             self._part(self._options(self.uids[0]))
         if self._solo is None:
-            return super().next()
-        return list(self._responses(self._solo))
+            responses = super().next()
+        else:
+            responses = list(self._responses(self._solo))
+        for response in responses:
+            response.logprobs = ReadableRow(response.logprobs)
+        return responses
 
     def _part(self, options: SequenceOptions) -> None:
         """Take the only sequence out of the batch, to decode it in rounds."""
@@ -150,12 +160,11 @@ class SpeculativeBatch(GenerationBatch):
                 options.num_draft_tokens == "auto",
             ),
             make_depth(options.num_draft_tokens, self.model, drafter),
-            self.max_tokens[0] - self._num_tokens[0] - 1,
+            self.max_tokens[0] - self._num_tokens[0],
             options.stats,
             mx.array(self.tokens[0]) if processors else None,
         )
-        token = self._next_tokens.item()
-        self._solo = _Solo(decoder, (token, self._next_logprobs[0], False))
+        self._solo = _Solo(decoder, self._next_tokens, self._next_logprobs[0])
 
     def _join(self) -> None:
         """Make a batch of the sequence that is decoded in rounds."""

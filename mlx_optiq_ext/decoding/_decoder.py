@@ -97,6 +97,24 @@ class Decoder:
         finally:
             self._settle()
 
+    def resume(
+        self, token: mx.array, logprobs: mx.array
+    ) -> Generator[Round, None, None]:
+        """Yield rounds after a token that was drawn elsewhere, and as the first it.
+
+        Args:
+            token (mx.array): The one after those in the cache, ``[1]``.
+            logprobs (mx.array): What it was drawn from, ``[vocab]``.
+        """
+        try:
+            first = Round(self._target, self._verifier, Proposal(self._verifier, None))
+            first.adopt(token, logprobs, self._session.last_state)
+            self._current = first
+            self._num_tokens -= 1
+            yield from self._rounds(first)
+        finally:
+            self._settle()
+
     def emit(self, current: Round) -> Iterator[Token]:
         """The tokens of a round, counted as they are taken."""
         for position, token in enumerate(current.emitted):
@@ -187,6 +205,8 @@ class Decoder:
         current.transaction.keep(tokens.size)
         self._target.quantize()
         self._remember(tokens)
+        if current.states is None:
+            return 0
         if not (depth := self._depth.choose()):
             return 0
         # The round also emits one token of the target's own.
@@ -197,8 +217,9 @@ class Decoder:
         """Start the next round from what the current one emits."""
         tokens = current.tokens
         proposal = Proposal(self._verifier, self._history, self._num_launched)
-        states = current.states[:, : tokens.size]
-        self._session.draft(tokens, states, num_drafts, proposal)
+        self._session.draft(
+            tokens, current.states_of(tokens.size), num_drafts, proposal
+        )
         mx.async_eval(proposal.tokens)
         following = Round(
             self._target, self._verifier, proposal, is_early=not current.is_collected
@@ -218,12 +239,13 @@ class Decoder:
         self._session.close(num_tokens, last_state)
         mx.async_eval([entry.state for entry in self._target.cache])
 
-    def _settle_rounds(self, current: Round, num_yielded: int) -> mx.array:
+    def _settle_rounds(self, current: Round, num_yielded: int) -> mx.array | None:
         """Undo the rows behind the last token yielded and return its state."""
         if self._ahead is not None:
             if num_yielded == current.tokens.size:
                 self._ahead.transaction.keep(1)
-                return self._ahead.states[:, :1]
+                return self._ahead.states_of(1)
             self._ahead.transaction.keep(0)
         current.transaction.keep(1 + num_yielded)
-        return current.states[:, num_yielded : num_yielded + 1]
+        states = current.states_of(1 + num_yielded)
+        return None if states is None else states[:, -1:]

@@ -38,6 +38,7 @@ class Round:
         self.is_early = is_early
         self.is_collected = False
         self.transaction = target.transaction()
+        self.states: mx.array | None = None
         self.emitted: list[int] = []
         self.num_accepted = 0
         self.error: Exception | None = None
@@ -62,11 +63,31 @@ class Round:
     def logprobs(self) -> list[mx.array]:
         return [row.logprobs for row in self._rows]
 
+    def states_of(self, num_rows: int) -> mx.array | None:
+        """States of the first rows, ``[1, num_rows, hidden]``, if they are known."""
+        return None if self.states is None else self.states[:, :num_rows]
+
     def run(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
         """Feed tokens, shape ``[1 + num_drafted]``, and return the target's states."""
         forward = partial(_forward_rows, self._target, tokens, embeddings)
-        self.states = self.transaction.run(forward, 1 + self.num_drafted)
-        return self.states
+        states = self.transaction.run(forward, 1 + self.num_drafted)
+        self.states = states
+        return states
+
+    def adopt(
+        self, token: mx.array, logprobs: mx.array, states: mx.array | None
+    ) -> None:
+        """Be a round that is under way: one token, drawn from a row in the cache.
+
+        Args:
+            token (mx.array): Shape ``[1]``.
+            logprobs (mx.array): Shape ``[vocab]``.
+            states (mx.array, optional): Of the row, ``[1, 1, hidden]``, if known.
+        """
+        self.states = self.transaction.run(lambda _: states, 1)
+        self._rows = [Row(token, mx.array([False]), logprobs)]
+        self._packed = token
+        self._is_read, self._must_walk = True, False
 
     def dispatch(self, is_read: bool) -> None:
         """Start the work; if the round is not to be read, without any logits."""

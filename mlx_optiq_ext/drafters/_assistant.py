@@ -130,6 +130,10 @@ class AssistantSession:
         # That of the query for the token after all that were seen.
         self._next_position = next_position
 
+    @property
+    def last_state(self) -> None:
+        return None
+
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
@@ -138,12 +142,12 @@ class AssistantSession:
     def draft(
         self,
         tokens: mx.array,
-        states: mx.array,
+        states: mx.array | None,
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
         self._next_position += tokens.size
-        if not num_draft_tokens:
+        if states is None or not num_draft_tokens:
             return
         entries = self._prompt_cache[: self._num_entries]
         shared_kv = self._assistant.visible(self._target.shared_kv(entries))

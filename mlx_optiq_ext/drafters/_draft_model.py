@@ -66,6 +66,10 @@ class DraftModelSession:
         self._num_last_seen = 0
         self._put_off = mx.zeros(0, mx.uint32)
 
+    @property
+    def last_state(self) -> None:
+        return None
+
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
@@ -77,7 +81,7 @@ class DraftModelSession:
     def draft(
         self,
         tokens: mx.array,
-        states: mx.array,
+        states: mx.array | None,
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
@@ -89,6 +93,8 @@ class DraftModelSession:
         self._put_off = self._put_off[:0]
         if num_draft_tokens == 0:
             mx.async_eval([entry.state for entry in self._entries])
+            return
+        assert states is not None
         chain = Transaction(self._entries)
         for position in range(num_draft_tokens):
             if position:

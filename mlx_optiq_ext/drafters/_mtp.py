@@ -109,6 +109,10 @@ class MTPSession:
         self._num_unseen = num_tokens - (0 if is_fresh else kv_cache.offset + 1)
         self._put_off: list[tuple[mx.array, mx.array]] = []
 
+    @property
+    def last_state(self) -> mx.array | None:
+        return self._arrays[STATE]
+
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
@@ -120,10 +124,12 @@ class MTPSession:
     def draft(
         self,
         tokens: mx.array,
-        states: mx.array,
+        states: mx.array | None,
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
+        if states is None:
+            return
         if num_draft_tokens == 0:
             self._put_off.append((tokens, states))
             if len(self._put_off) == MAX_PUT_OFF:

@@ -27,6 +27,14 @@ class DraftSession(Protocol):
     given; what it computed for tokens that were only drafted is undone.
     """
 
+    @property
+    def last_state(self) -> mx.array | None:
+        """The state of the last token seen, ``[1, 1, hidden]``, if it is kept.
+
+        Asked for before the session is shown anything.
+        """
+        ...
+
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
@@ -44,7 +52,7 @@ class DraftSession(Protocol):
     def draft(
         self,
         tokens: mx.array,
-        states: mx.array,
+        states: mx.array | None,
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
@@ -54,7 +62,8 @@ class DraftSession(Protocol):
             tokens (mx.array): The tokens emitted since the last call, shape
               ``[num_tokens]``. The target has not processed the last one.
             states (mx.array): The target's states that predicted them,
-              ``[1, num_tokens, hidden]``.
+              ``[1, num_tokens, hidden]``; None if they are not known, and then
+              nothing is to be drafted.
             num_draft_tokens (int): How many tokens to add. With 0 a session may put
               off what seeing the tokens takes.
             proposal (Proposal): Turns logits into draft tokens.

@@ -33,8 +33,7 @@ def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*call.args, **call.kwargs)
     caches = call.arguments.get("caches") or [None] * len(call.arguments["segments"])
     call.arguments["caches"] = [
-        served.make_cache(instance.max_kv_size) if cache is None else cache
-        for cache in caches
+        served.complete(cache, instance.max_kv_size) for cache in caches
     ]
     uids = wrapped(*call.args, **call.kwargs)
     served.admit(uids, arguments, instance._find_uids(range(uids[-1] + 1)))

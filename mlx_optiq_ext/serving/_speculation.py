@@ -47,9 +47,20 @@ class ServedSpeculation:
         known = {uid: o for uid, o in self._by_sequence.items() if uid in alive}
         self._by_sequence = known | dict.fromkeys(uids, options_of(arguments))
 
-    def make_cache(self, max_kv_size: int | None) -> list[Any]:
-        """A prompt cache with the entries of the drafter at its end."""
-        return make_prompt_cache(self._model, max_kv_size) + self.drafter.make_cache()
+    def complete(
+        self, prompt_cache: list[Any] | None, max_kv_size: int | None
+    ) -> list[Any]:
+        """A prompt cache with the entries of the drafter at its end.
+
+        Args:
+            prompt_cache (list[Any], optional): One that may lack them, because its
+              tokens were decoded plainly. Rows of a batch must have the same entries.
+            max_kv_size (int, optional): Of the entries of a new one.
+        """
+        made = make_prompt_cache(self._model, max_kv_size)
+        entries = made if prompt_cache is None else prompt_cache
+        lacks_own = len(entries) == len(made)
+        return entries + self.drafter.make_cache() if lacks_own else entries
 
 
 def options_of(arguments: Any) -> SequenceOptions:

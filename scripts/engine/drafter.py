@@ -67,6 +67,10 @@ class DialledSession:
         self._session = session
         self._num_seen = 0
 
+    @property
+    def last_state(self) -> mx.array | None:
+        return None if self._session is None else self._session.last_state
+
     def prefill(
         self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
     ) -> None:
@@ -76,7 +80,7 @@ class DialledSession:
     def draft(
         self,
         tokens: mx.array,
-        states: mx.array,
+        states: mx.array | None,
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -13,10 +14,16 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_optiq_ext import SpeculationStats
-from mlx_optiq_ext.decoding._batch import SequenceOptions, SpeculativeBatch
+from mlx_optiq_ext.decoding import spec_generate_step
+from mlx_optiq_ext.decoding._batch import (
+    ReadableRow,
+    SequenceOptions,
+    SpeculativeBatch,
+)
 from mlx_optiq_ext.drafters import MTPDrafter
 from mlx_optiq_ext.drafters._priming import prime_with_calls
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
+from mlx_optiq_ext.serving._speculation import ServedSpeculation
 from tests.helpers import DEMO, assert_same_cache, load_tiny
 
 LENGTHS = (9, 17, 4, 12)
@@ -46,12 +53,19 @@ class Batching:
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.ends: dict[int, Any] = {}
 
-    def add(self, prompt: mx.array, max_tokens: int, **options: Any) -> int:
+    def add(
+        self,
+        prompt: mx.array,
+        max_tokens: int,
+        prompt_cache: list[Any] | None = None,
+        **options: Any,
+    ) -> int:
         lists = {name: [value] for name, value in options.items()}
+        served = ServedSpeculation(self.model, MTPDrafter(self.model))
         (uid,) = self.generator.insert(
             [prompt.tolist()],
             [max_tokens],
-            caches=[make_prompt_cache(self.model) + self.model.make_mtp_cache()],
+            caches=[served.complete(prompt_cache, None)],
             **lists,
         )
         return uid
@@ -96,6 +110,67 @@ def test_one_sequence_is_decoded_in_rounds(model: nn.Module) -> None:
     assert_same_cache(prompt_cache, end.prompt_cache[:4])
     assert batching.stats[uid].num_rounds > 10
     assert len(batching.generator._generation_batch) == 0
+
+
+def test_a_sequence_alone_takes_the_calls_that_it_takes_without_a_batch(
+    model: nn.Module,
+) -> None:
+    batching, stats = Batching(model), SpeculationStats()
+    uid = batching.add(prompt_of(0), 40)
+    batching.finish()
+    steps = spec_generate_step(
+        prompt_of(0),
+        model,
+        drafter=MTPDrafter(model),
+        max_tokens=40,
+        num_draft_tokens=2,
+        stats=stats,
+    )
+    assert batching.tokens[uid] == [token for token, *_ in steps]
+    assert batching.stats[uid] == stats
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("num_steps", range(6))
+def test_a_sequence_that_was_begun_without_the_head_goes_on_with_it(
+    model: nn.Module, num_steps: int, is_first: bool
+) -> None:
+    prompt, prompt_cache = prompt_of(1), make_prompt_cache(model)
+    model(prompt[None, :8], cache=prompt_cache)
+    batching = Batching(model)
+    if not is_first:
+        batching.add(prompt_of(0), 20)
+        batching.step(num_steps)
+    begun = batching.add(prompt[8:], 30, prompt_cache, all_tokens=prompt[:8].tolist())
+    if is_first:
+        batching.step(num_steps)
+        batching.add(prompt_of(0), 20)
+    batching.finish()
+    for uid, index, max_tokens in ((begun, 1, 30), (1 - begun, 0, 20)):
+        tokens, expected = alone(model, index, max_tokens)
+        assert batching.tokens[uid] == tokens
+        end = batching.ends[uid]
+        assert end.all_tokens == [*prompt_of(index).tolist(), *tokens]
+        assert [entry.offset for entry in (end.prompt_cache[3], expected[3])] == [
+            LENGTHS[index] + max_tokens
+        ] * 2
+    assert batching.stats[begun].num_rounds > 0
+
+
+def test_a_row_is_read_while_the_device_is_busy() -> None:
+    row = ReadableRow(mx.arange(1000) * 2)
+    mx.eval(row.__wrapped__)
+    matrix = mx.ones((900, 900))
+    mx.eval(matrix)
+    start = time.perf_counter()
+    # Not many operations: MLX would wait before it starts them all.
+    work = matrix @ matrix @ matrix
+    mx.async_eval(work)
+    assert row[21].item() == 42
+    assert row[[3, 4]].tolist() == [6, 8]
+    until_read = time.perf_counter() - start
+    mx.eval(work)
+    assert until_read < 0.5 * (time.perf_counter() - start)
 
 
 @pytest.mark.parametrize("num_steps", range(6))

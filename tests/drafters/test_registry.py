@@ -184,6 +184,8 @@ class RepeatDrafter:
             "memory"
         ]
 
+    last_state = None
+
     def make_cache(self):
         return []
 

@@ -52,6 +52,8 @@ class ScriptedDrafter:
 
 
 class ScriptedSession:
+    last_state = None
+
     def __init__(self, args: Any, prompt_cache: list[Any]):
         self.args = args
         self.prompt_cache = prompt_cache
