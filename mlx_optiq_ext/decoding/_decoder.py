@@ -100,7 +100,7 @@ class Decoder:
     def resume(
         self, token: mx.array, logprobs: mx.array
     ) -> Generator[Round, None, None]:
-        """Yield rounds after a token that was drawn elsewhere, and as the first it.
+        """Yield rounds, of which the first is a token that was drawn elsewhere.
 
         Args:
             token (mx.array): The one after those in the cache, ``[1]``.
@@ -205,6 +205,7 @@ class Decoder:
         current.transaction.keep(tokens.size)
         self._target.quantize()
         self._remember(tokens)
+        # Nothing is drafted after a token whose state is not known.
         if current.states is None:
             return 0
         if not (depth := self._depth.choose()):
