@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+DTYPES = ("float32", "bfloat16", "float16")
 
 Row = Sequence[str]
 
@@ -37,6 +41,11 @@ def write_results(
         markdown.write_text(f"{text}\n")
     if as_json is not None:
         as_json.write_text(f"{json.dumps(results, indent=2, default=vars)}\n")
+
+
+def numbers(kind: type) -> Callable[..., tuple[Any, ...]]:
+    """Reads an option that is a list of numbers."""
+    return lambda context, parameter, text: tuple(map(kind, text.split(",")))
 
 
 def output_options(command: Any) -> Any:

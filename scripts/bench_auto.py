@@ -21,8 +21,10 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 from _benchmarks import (
+    DTYPES,
     markdown_machine,
     markdown_table,
+    numbers,
     output_options,
     plot_bars,
     write_results,
@@ -50,11 +52,9 @@ class Result:
 
 @click.command()
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32"
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32")
 @click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise the model.")
-@click.option("--acceptance", default="0,0.5,0.8", show_default=True)
+@click.option("--acceptance", default="0,0.5,0.8", callback=numbers(float))
 @click.option("--tokens", default=256, show_default=True)
 @click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
 @click.option("--repeats", default=3, show_default=True)
@@ -63,7 +63,7 @@ def main(
     preset: str,
     dtype: str,
     bits: str | None,
-    acceptance: str,
+    acceptance: tuple[float, ...],
     tokens: int,
     context: int,
     repeats: int,
@@ -80,8 +80,8 @@ def main(
     start = Start(model, filled_cache(model, prompt), prompt, time.perf_counter)
     script = run_plain(start, tokens).tokens
     results = []
-    with click.progressbar(acceptance.split(","), label="Decoding") as progress:
-        for rate in map(float, progress):
+    with click.progressbar(acceptance, label="Decoding") as progress:
+        for rate in progress:
             dialled = DialledDrafter(script, vocab_size, rate, drafter)
             runs = [_in_turns(start, tokens, dialled) for _ in range(repeats + 1)]
             results.append(_result(rate, runs[1:]))

@@ -18,7 +18,6 @@ choosing tokens and waiting are the loop's own and not allowed for.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +28,11 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 from _benchmarks import (
+    CLOCKS,
+    DTYPES,
     markdown_machine,
     markdown_table,
+    numbers,
     output_options,
     plot_bars,
     write_results,
@@ -53,8 +55,6 @@ from mlx_optiq_ext._costs import filled_cache, measure_verify_seconds
 from mlx_optiq_ext.cli._machine import describe_machine
 from mlx_optiq_ext.drafters import Drafter
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-DTYPES = ("float32", "bfloat16", "float16")
 COST_COLUMNS = ("rows", "verify ms", "c", "draft ms", "rollback ms")
 SPEED_COLUMNS = (
     "depth",
@@ -110,16 +110,12 @@ class Result:
     is_identical: bool
 
 
-def _numbers(kind: type) -> Any:
-    return lambda context, parameter, text: tuple(map(kind, text.split(",")))
-
-
 @click.command()
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32")
 @click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise the model.")
-@click.option("--depths", default="1,2,3", callback=_numbers(int))
-@click.option("--acceptance", default="0.8", callback=_numbers(float))
+@click.option("--depths", default="1,2,3", callback=numbers(int))
+@click.option("--acceptance", default="0.8", callback=numbers(float))
 @click.option(
     "--draft",
     type=click.Choice(["none", "real"]),

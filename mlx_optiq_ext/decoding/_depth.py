@@ -23,7 +23,7 @@ MIN_TIMES = 2  # of them, before the depth is known
 MAX_AGE = 32  # rounds, after which all times of a depth but one are forgotten
 MIN_GAIN = 0.02  # in speed, for a deeper round to be preferred
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # what is assumed of the first position
-MEMORY = 0.97  # of a position's rate, from one draft token to the next
+MEMORY = 0.97  # of a position's rate, assumed or seen, from one draft token to the next
 PROBE_SHARE = 0.01  # of the time, that trying other depths may lose
 PROBE_INTERVAL = 8  # rounds between two probes, however little they cost
 
@@ -119,6 +119,7 @@ class AcceptanceRates:
     def __init__(self) -> None:
         self._tried = [0.0] * MAX_DRAFT_TOKENS
         self._accepted = [0.0] * MAX_DRAFT_TOKENS
+        self._prior_weights = [PRIOR_WEIGHT] * MAX_DRAFT_TOKENS
 
     def add(self, num_drafted: int, num_accepted: int) -> None:
         # What follows the first rejected token was not put to the test.
@@ -126,14 +127,17 @@ class AcceptanceRates:
             is_accepted = position < num_accepted
             self._tried[position] = MEMORY * self._tried[position] + 1
             self._accepted[position] = MEMORY * self._accepted[position] + is_accepted
+            self._prior_weights[position] *= MEMORY
 
     def num_tokens(self, depth: int) -> float:
         """Tokens that a round of a depth is expected to commit."""
         total = product = 1.0
         # Where little is known a position is taken to be like the one before it.
         rate = PRIOR_RATE
-        for tried, accepted in zip(self._tried, self._accepted[:depth], strict=False):
-            rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+        for position in range(depth):
+            prior_weight = self._prior_weights[position]
+            seen = self._accepted[position] + prior_weight * rate
+            rate = seen / (self._tried[position] + prior_weight)
             product *= rate
             total += product
         return total

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_optiq_ext.decoding._depth import (
     MAX_AGE,
+    MIN_GAIN,
     AcceptanceRates,
     AutoDepth,
     FixedDepth,
@@ -176,6 +177,14 @@ def test_rates_are_those_of_the_positions_that_were_put_to_the_test() -> None:
     assert rates.num_tokens(0) == 1
     assert rates.num_tokens(1) == pytest.approx(2, abs=0.05)
     assert rates.num_tokens(2) == pytest.approx(2, abs=0.15)
+
+
+def test_what_was_assumed_is_forgotten_with_evidence() -> None:
+    """Otherwise wrong drafts look worth their while when their time is misjudged."""
+    rates = AcceptanceRates()
+    for _ in range(100):
+        rates.add(num_drafted=1, num_accepted=0)
+    assert rates.num_tokens(1) < 1 + MIN_GAIN / 2
 
 
 def test_a_model_remembers_its_times_and_stays_what_it_was() -> None:

@@ -1,0 +1,167 @@
+"""Measure what a drafter adds to the processing of a prompt: time and peak memory.
+
+No trained weights: models of real shapes have random ones, and so has the head or
+assistant that such a model brings along. Prompts are processed plainly, by mlx-lm's
+`generate_step`, and with the drafter in turns, up to the first token. An MTP head reads
+what the last layer makes of every token, which plain decoding never computes.
+
+    python scripts/bench_prefill.py --preset qwen-400m
+    python scripts/bench_prefill.py --preset qwen-9b --dtype bfloat16 --bits 4
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+from _benchmarks import (
+    CLOCKS,
+    DTYPES,
+    markdown_machine,
+    markdown_table,
+    numbers,
+    output_options,
+    plot_bars,
+    write_results,
+)
+from engine.models import PRESETS, Weights, make_drafter, make_model
+from mlx_lm.generate import generate_step
+
+from mlx_optiq_ext import spec_generate_step
+from mlx_optiq_ext._costs import Clock
+from mlx_optiq_ext.cli._machine import describe_machine
+
+COLUMNS = (
+    "prompt",
+    "plain tok/s",
+    "with a drafter",
+    "plain / with",
+    "peak MB, plain",
+    "with a drafter",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One length of the prompt; rates are medians, their ratio is one of neighbours."""
+
+    num_tokens: int
+    plain_tps: float
+    own_tps: float
+    speed: float
+    plain_peak: int
+    own_peak: int
+
+
+@click.command()
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32")
+@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise the model.")
+@click.option("--prompt-tokens", default="512,2048", callback=numbers(int))
+@click.option("--repeats", default=5, show_default=True)
+@click.option(
+    "--clock",
+    type=click.Choice(list(CLOCKS)),
+    default="wall",
+    help="On mlx's CPU backend, `cpu` sees less of what else the machine does.",
+)
+@output_options
+def main(
+    preset: str,
+    dtype: str,
+    bits: str | None,
+    prompt_tokens: tuple[int, ...],
+    repeats: int,
+    clock: str,
+    markdown: Path | None,
+    as_json: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure prefill with a drafter and without, on random weights."""
+    weights = Weights(getattr(mx, dtype), int(bits) if bits else None)
+    model = make_model(PRESETS[preset], weights)
+    drafter = make_drafter(PRESETS[preset], model, weights)
+    results = []
+    with click.progressbar(prompt_tokens, label="Prefilling") as progress:
+        for num_tokens in progress:
+            prompt = mx.random.randint(
+                0, PRESETS[preset].config["vocab_size"], (num_tokens,)
+            )
+
+            def plain(prompt: mx.array = prompt) -> Any:
+                return next(generate_step(prompt, model, max_tokens=1))
+
+            def own(prompt: mx.array = prompt) -> Any:
+                steps = spec_generate_step(prompt, model, drafter=drafter, max_tokens=1)
+                return next(steps)
+
+            results.append(measure(plain, own, num_tokens, repeats, CLOCKS[clock]))
+    report = {
+        "model": f"{preset}, {dtype}" + (f", {bits} bits" if bits else ""),
+        "clock": clock,
+        "machine": describe_machine(),
+        "results": list(map(vars, results)),
+    }
+    write_results(render(report, results), report, markdown, as_json)
+    if plot is not None:
+        bars = {f"{r.num_tokens} tokens": r.speed for r in results}
+        plot_bars(plot, bars, f"Prefill with a drafter, {report['model']}")
+
+
+def measure(
+    plain: Callable[[], Any],
+    own: Callable[[], Any],
+    num_tokens: int,
+    num_repeats: int,
+    clock: Clock,
+) -> Result:
+    pairs = [
+        (_seconds_and_peak(plain, clock), _seconds_and_peak(own, clock))
+        for _ in range(num_repeats + 1)
+    ][1:]
+    return Result(
+        num_tokens,
+        num_tokens / statistics.median(one[0] for one, _ in pairs),
+        num_tokens / statistics.median(other[0] for _, other in pairs),
+        statistics.median(one[0] / other[0] for one, other in pairs),
+        max(one[1] for one, _ in pairs),
+        max(other[1] for _, other in pairs),
+    )
+
+
+def _seconds_and_peak(call: Callable[[], Any], clock: Clock) -> tuple[float, int]:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    start = clock()
+    call()
+    return clock() - start, mx.get_peak_memory()
+
+
+def render(report: dict[str, Any], results: list[Result]) -> str:
+    rows = [
+        (
+            str(result.num_tokens),
+            f"{result.plain_tps:.1f}",
+            f"{result.own_tps:.1f}",
+            f"{result.speed:.3f}",
+            f"{result.plain_peak / 1e6:.1f}",
+            f"{result.own_peak / 1e6:.1f}",
+        )
+        for result in results
+    ]
+    return "\n\n".join(
+        [
+            f"# Prefill, {report['model']}, random weights, {report['clock']} clock",
+            markdown_machine(report["machine"]),
+            markdown_table(COLUMNS, rows),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
