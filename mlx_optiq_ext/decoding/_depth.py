@@ -24,7 +24,7 @@ MAX_AGE = 32  # rounds, after which all times of a depth but one are forgotten
 MIN_GAIN = 0.02  # in speed, for a deeper round to be preferred
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # what is assumed of the first position
 MEMORY = 0.97  # of a position's rate, assumed or seen, from one draft token to the next
-PROBE_SHARE = 0.01  # of the time, that trying other depths may lose
+PROBE_SHARE = 0.005  # of the time, that trying other depths may lose
 PROBE_INTERVAL = 8  # rounds between two probes, however little they cost
 
 

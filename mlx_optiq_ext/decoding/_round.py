@@ -98,7 +98,7 @@ class Round:
         self._logits = self._target.project(self.states)
         self._must_walk = self._verifier.is_stepwise and self.num_drafted > 0
         if self._must_walk:
-            mx.async_eval(self._logits, self.states)
+            mx.async_eval(self._logits)
             return
         try:
             self._rows = list(self._verifier.rows(self._logits, self._proposal))
@@ -109,7 +109,8 @@ class Round:
         if self.num_drafted:
             packed.append(_num_accepted(self._rows))
         self._packed = mx.concatenate(packed)
-        mx.async_eval(self._packed, self.logprobs, self.states)
+        # What is made of the states brings them along.
+        mx.async_eval(self._packed, self.logprobs)
 
     def collect(self) -> None:
         """Wait for the round."""
