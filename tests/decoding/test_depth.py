@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ RATES = {
 }
 SECONDS = 0.014  # of a plain token
 BUBBLE = 0.2  # of it, when a round without drafts has to wait for the one before
+DRIFT_TOKENS = 30  # after which the speed of a machine that drifts is another
 NUM_TOKENS = 256
 
 
@@ -47,10 +49,15 @@ def run(
     rates: Sequence[float],
     seed: int = 0,
     noise: float = 0.0,
+    drift: float = 0.0,
     num_tokens: int = NUM_TOKENS,
 ) -> tuple[float, list[int]]:
-    """Seconds for some tokens by a depth, and the depths of the rounds."""
+    """Seconds for some tokens by a depth, and the depths of the rounds.
+
+    A machine whose speed drifts is seen to take longer or less than these seconds.
+    """
     chance, total, used, num_emitted = random.Random(seed), 0.0, [], 0
+    machine, slowness = random.Random(seed), 0.0
     following: int | None = depth.choose()
     while num_emitted < num_tokens:
         chosen = depth.choose() if following is None else following
@@ -63,7 +70,9 @@ def run(
         # After a round without drafts the next depth is chosen before it is known.
         following = depth.choose() if chosen == 0 else None
         is_typical = chosen > 0 or (is_early and following == 0)
-        depth.observe(chosen, num_accepted, seconds, is_typical)
+        kept = math.exp(-costs[chosen] / DRIFT_TOKENS)
+        slowness = kept * slowness + math.sqrt(1 - kept**2) * machine.gauss(0, drift)
+        depth.observe(chosen, num_accepted, seconds * math.exp(slowness), is_typical)
         used.append(chosen)
         total += seconds
         num_emitted += 1 + num_accepted
@@ -88,6 +97,18 @@ def test_a_drafter_that_is_always_wrong_costs_less_than_three_percent(
         )
         plain, _ = run(FixedDepth(0), COSTS[costs], RATES["wrong"], seed, noise)
         assert plain / auto > 0.97
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_so_it_does_on_a_machine_whose_speed_changes(costs: str) -> None:
+    ratios = []
+    for seed in range(40):
+        auto, _ = run(
+            AutoDepth(RoundTimes()), COSTS[costs], RATES["wrong"], seed, 0.05, 0.25
+        )
+        plain, _ = run(FixedDepth(0), COSTS[costs], RATES["wrong"], seed, 0.05)
+        ratios.append(plain / auto)
+    assert statistics.mean(ratios) > 0.97
 
 
 @pytest.mark.parametrize("rates", ["poor", "usual", "good"])
