@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-DTYPES = ("float32", "bfloat16", "float16")
 
 Row = Sequence[str]
 
@@ -46,6 +45,16 @@ def write_results(
 def numbers(kind: type) -> Callable[..., tuple[Any, ...]]:
     """Reads an option that is a list of numbers."""
     return lambda context, parameter, text: tuple(map(kind, text.split(",")))
+
+
+def clock_option(command: Any) -> Any:
+    """The option of a command that says what clock it measures with."""
+    return click.option(
+        "--clock",
+        type=click.Choice(list(CLOCKS)),
+        default="wall",
+        help="On mlx's CPU backend, `cpu` sees less of what else the machine does.",
+    )(command)
 
 
 def output_options(command: Any) -> Any:

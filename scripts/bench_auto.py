@@ -21,7 +21,6 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 from _benchmarks import (
-    DTYPES,
     markdown_machine,
     markdown_table,
     numbers,
@@ -31,7 +30,8 @@ from _benchmarks import (
 )
 from engine.drafter import DialledDrafter
 from engine.measure import Run, Start, run_plain, run_speculative
-from engine.models import PRESETS, Weights, make_drafter, make_model
+from engine.models import make_drafter, make_model
+from engine.options import Subject, subject_options
 
 from mlx_optiq_ext._costs import filled_cache
 from mlx_optiq_ext.cli._machine import describe_machine
@@ -51,18 +51,16 @@ class Result:
 
 
 @click.command()
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32")
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise the model.")
-@click.option("--acceptance", default="0,0.5,0.8", callback=numbers(float))
+@subject_options
+@click.option(
+    "--acceptance", default="0,0.5,0.8", show_default=True, callback=numbers(float)
+)
 @click.option("--tokens", default=256, show_default=True)
 @click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
 @click.option("--repeats", default=3, show_default=True)
 @output_options
 def main(
-    preset: str,
-    dtype: str,
-    bits: str | None,
+    subject: Subject,
     acceptance: tuple[float, ...],
     tokens: int,
     context: int,
@@ -72,10 +70,9 @@ def main(
     plot: Path | None,
 ) -> None:
     """Compare automatic speculation with plain decoding, on random weights."""
-    weights = Weights(getattr(mx, dtype), int(bits) if bits else None)
-    model = make_model(PRESETS[preset], weights)
-    drafter = make_drafter(PRESETS[preset], model, weights)
-    vocab_size = PRESETS[preset].config["vocab_size"]
+    model = make_model(subject.preset, subject.weights)
+    drafter = make_drafter(subject.preset, model, subject.weights)
+    vocab_size = subject.vocab_size
     prompt = mx.random.randint(0, vocab_size, (context,), key=mx.random.key(0))
     start = Start(model, filled_cache(model, prompt), prompt, time.perf_counter)
     script = run_plain(start, tokens).tokens
@@ -86,7 +83,7 @@ def main(
             runs = [_in_turns(start, tokens, dialled) for _ in range(repeats + 1)]
             results.append(_result(rate, runs[1:]))
     report = {
-        "model": f"{preset}, {dtype}" + (f", {bits} bits" if bits else ""),
+        "model": str(subject),
         "num_tokens": tokens,
         "machine": describe_machine(),
         "results": list(map(vars, results)),

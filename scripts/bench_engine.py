@@ -29,7 +29,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from _benchmarks import (
     CLOCKS,
-    DTYPES,
+    clock_option,
     markdown_machine,
     markdown_table,
     numbers,
@@ -48,7 +48,8 @@ from engine.measure import (
     run_speculative,
     watching_syncs,
 )
-from engine.models import PRESETS, Weights, make_drafter, make_model
+from engine.models import make_drafter, make_model
+from engine.options import Subject, subject_options
 from mlx.utils import tree_flatten
 
 from mlx_optiq_ext._costs import filled_cache, measure_verify_seconds
@@ -111,9 +112,7 @@ class Result:
 
 
 @click.command()
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32")
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise the model.")
+@subject_options
 @click.option("--depths", default="1,2,3", callback=numbers(int))
 @click.option("--acceptance", default="0.8", callback=numbers(float))
 @click.option(
@@ -125,18 +124,11 @@ class Result:
 @click.option("--tokens", default=64, show_default=True)
 @click.option("--context", default=300, show_default=True, help="Tokens of the prompt.")
 @click.option("--repeats", default=3, show_default=True)
-@click.option(
-    "--clock",
-    type=click.Choice(list(CLOCKS)),
-    default="wall",
-    help="On mlx's CPU backend, `cpu` sees less of what else the machine does.",
-)
+@clock_option
 @click.option("--seed", default=0, show_default=True)
 @output_options
 def main(
-    preset: str,
-    dtype: str,
-    bits: str | None,
+    subject: Subject,
     depths: tuple[int, ...],
     acceptance: tuple[float, ...],
     draft: str,
@@ -150,18 +142,18 @@ def main(
     plot: Path | None,
 ) -> None:
     """Measure the decode loop on a model of real shapes with random weights."""
-    weights = Weights(getattr(mx, dtype), int(bits) if bits else None)
-    model = make_model(PRESETS[preset], weights)
-    drafter = make_drafter(PRESETS[preset], model, weights) if draft == "real" else None
-    vocab_size = PRESETS[preset].config["vocab_size"]
+    model = make_model(subject.preset, subject.weights)
+    drafter = None
+    if draft == "real":
+        drafter = make_drafter(subject.preset, model, subject.weights)
+    vocab_size = subject.vocab_size
     prompt = mx.random.randint(0, vocab_size, (context,), key=mx.random.key(seed))
     start = Start(model, filled_cache(model, prompt), prompt, CLOCKS[clock])
     settings = Settings(drafter, vocab_size, tokens, repeats, seed)
     costs = measure_costs(start, settings, depths)
     results = list(measure_speeds(start, settings, costs, depths, acceptance))
-    title = f"{preset}, {_num_parameters(model) / 1e6:.0f}M, {dtype}" + (
-        f", {bits} bits" if bits else ""
-    )
+    num_parameters = f"{_num_parameters(model) / 1e6:.0f}M"
+    title = f"{subject.name}, {num_parameters}, {subject.precision}"
     report = {
         "model": title,
         "draft": draft,

@@ -35,10 +35,10 @@ from mlx_optiq_ext.cli._machine import describe_machine
 from mlx_optiq_ext.cli.demo import MODEL, PROMPT
 
 OFF = {"MLX_OPTIQ_EXT": "0"}
-NO_BYTECODE = ("PYTHONDONTWRITEBYTECODE",)
+NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 START_UP_LINE = (Path(__file__).parent / "mlx_optiq_ext.pth").read_text().strip()
 
-# With -S no start-up file is run before this one, nor anything else from packages.
+# With -S no start-up file is run before this one. Every interpreter imports `site`.
 START = """
 import site, sys, time
 sys.path.append({folder!r})
@@ -182,21 +182,25 @@ def prefill(model: str, num_tokens: int, repeats: int) -> dict[str, Cost]:
 
 def result_of(code: str, *flags: str, is_on: bool = True) -> Any:
     """What code that runs in a process of its own prints last, as JSON."""
-    with start(code, is_on, *flags) as process:
-        output, _ = process.communicate()
+    command = [sys.executable, *flags, "-c", code]
+    output = subprocess.check_output(command, env=_environment(is_on), text=True)
     return json.loads(output.splitlines()[-1])
 
 
-def start(code: str, is_on: bool, *flags: str) -> subprocess.Popen[str]:
-    """Start code in a process of its own, with the extension off or on."""
-    environment = {k: v for k, v in os.environ.items() if k not in (*OFF, *NO_BYTECODE)}
+def start(code: str, is_on: bool) -> subprocess.Popen[str]:
+    """Start code in a process that can be asked."""
     return subprocess.Popen(
-        [sys.executable, *flags, "-c", code],
+        [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment | ({} if is_on else OFF),
+        env=_environment(is_on),
         text=True,
     )
+
+
+def _environment(is_on: bool) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k not in (*OFF, NO_BYTECODE)}
+    return environment if is_on else environment | OFF
 
 
 def render(machine: dict[str, str], costs: dict[str, Cost]) -> str:

@@ -12,8 +12,9 @@ what the last layer makes of every token, which plain decoding never computes.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import click
 import mlx.core as mx
 from _benchmarks import (
     CLOCKS,
-    DTYPES,
+    clock_option,
     markdown_machine,
     markdown_table,
     numbers,
@@ -29,18 +30,21 @@ from _benchmarks import (
     plot_bars,
     write_results,
 )
-from engine.models import PRESETS, Weights, make_drafter, make_model
+from engine.models import make_drafter, make_model
+from engine.options import Subject, subject_options
 from mlx_lm.generate import generate_step
 
 from mlx_optiq_ext import spec_generate_step
 from mlx_optiq_ext._costs import Clock
 from mlx_optiq_ext.cli._machine import describe_machine
 
+Steps = Callable[[], Iterator[Any]]
+
 COLUMNS = (
     "prompt",
     "plain tok/s",
     "with a drafter",
-    "plain / with",
+    "with / plain",
     "peak MB, plain",
     "with a drafter",
 )
@@ -59,22 +63,15 @@ class Result:
 
 
 @click.command()
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32")
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise the model.")
-@click.option("--prompt-tokens", default="512,2048", callback=numbers(int))
-@click.option("--repeats", default=5, show_default=True)
+@subject_options
 @click.option(
-    "--clock",
-    type=click.Choice(list(CLOCKS)),
-    default="wall",
-    help="On mlx's CPU backend, `cpu` sees less of what else the machine does.",
+    "--prompt-tokens", default="512,2048", show_default=True, callback=numbers(int)
 )
+@click.option("--repeats", default=5, show_default=True)
+@clock_option
 @output_options
 def main(
-    preset: str,
-    dtype: str,
-    bits: str | None,
+    subject: Subject,
     prompt_tokens: tuple[int, ...],
     repeats: int,
     clock: str,
@@ -83,26 +80,19 @@ def main(
     plot: Path | None,
 ) -> None:
     """Measure prefill with a drafter and without, on random weights."""
-    weights = Weights(getattr(mx, dtype), int(bits) if bits else None)
-    model = make_model(PRESETS[preset], weights)
-    drafter = make_drafter(PRESETS[preset], model, weights)
+    model = make_model(subject.preset, subject.weights)
+    drafter = make_drafter(subject.preset, model, subject.weights)
     results = []
     with click.progressbar(prompt_tokens, label="Prefilling") as progress:
         for num_tokens in progress:
-            prompt = mx.random.randint(
-                0, PRESETS[preset].config["vocab_size"], (num_tokens,)
+            prompt = mx.random.randint(0, subject.vocab_size, (num_tokens,))
+            plain = partial(generate_step, prompt, model, max_tokens=1)
+            own = partial(
+                spec_generate_step, prompt, model, drafter=drafter, max_tokens=1
             )
-
-            def plain(prompt: mx.array = prompt) -> Any:
-                return next(generate_step(prompt, model, max_tokens=1))
-
-            def own(prompt: mx.array = prompt) -> Any:
-                steps = spec_generate_step(prompt, model, drafter=drafter, max_tokens=1)
-                return next(steps)
-
             results.append(measure(plain, own, num_tokens, repeats, CLOCKS[clock]))
     report = {
-        "model": f"{preset}, {dtype}" + (f", {bits} bits" if bits else ""),
+        "model": str(subject),
         "clock": clock,
         "machine": describe_machine(),
         "results": list(map(vars, results)),
@@ -114,8 +104,8 @@ def main(
 
 
 def measure(
-    plain: Callable[[], Any],
-    own: Callable[[], Any],
+    plain: Steps,
+    own: Steps,
     num_tokens: int,
     num_repeats: int,
     clock: Clock,
@@ -134,11 +124,11 @@ def measure(
     )
 
 
-def _seconds_and_peak(call: Callable[[], Any], clock: Clock) -> tuple[float, int]:
+def _seconds_and_peak(steps: Steps, clock: Clock) -> tuple[float, int]:
     mx.clear_cache()
     mx.reset_peak_memory()
     start = clock()
-    call()
+    next(steps())
     return clock() - start, mx.get_peak_memory()
 
 

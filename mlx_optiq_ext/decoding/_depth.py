@@ -134,10 +134,11 @@ class AcceptanceRates:
         total = product = 1.0
         # Where little is known a position is taken to be like the one before it.
         rate = PRIOR_RATE
-        for position in range(depth):
-            prior_weight = self._prior_weights[position]
-            seen = self._accepted[position] + prior_weight * rate
-            rate = seen / (self._tried[position] + prior_weight)
+        known = zip(
+            self._tried, self._accepted, self._prior_weights[:depth], strict=False
+        )
+        for tried, accepted, prior_weight in known:
+            rate = (accepted + prior_weight * rate) / (tried + prior_weight)
             product *= rate
             total += product
         return total

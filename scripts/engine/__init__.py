@@ -1,1 +1,1 @@
-"""The parts of `bench_engine.py`."""
+"""What the benchmarks with random weights share."""

@@ -100,7 +100,7 @@ def test_a_drafter_that_is_always_wrong_costs_less_than_three_percent(
 
 
 @pytest.mark.parametrize("costs", COSTS)
-def test_so_it_does_on_a_machine_whose_speed_changes(costs: str) -> None:
+def test_wrong_drafts_cost_little_on_a_machine_whose_speed_changes(costs: str) -> None:
     ratios = []
     for seed in range(40):
         auto, _ = run(
