@@ -65,6 +65,8 @@ def gemma(folder: Path) -> Any:
 def test_responses_are_those_of_plain_decoding(gemma, draft, num_draft_tokens):
     plain = list(stream_generate(*gemma, PROMPT, max_tokens=20))
     options = {"draft": draft, "num_draft_tokens": num_draft_tokens}
+    # Whoever knows what rounds took may draft nothing; whoever does not tries it.
+    vars(gemma[0]).pop("_round_times", None)
     speculative = list(stream_generate(*gemma, PROMPT, max_tokens=20, **options))
     assert comparable(plain) == comparable(speculative)
     for one, other in zip(plain, speculative, strict=True):
