@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,9 +25,15 @@ class Text:
 
 @dataclass(frozen=True)
 class CallStart:
-    """A call of a tool that is being written. Its pieces follow, then the `Call`."""
+    """A call of a tool that is being written. Its pieces follow, then the `Call`.
+
+    Args:
+        name (str): Of the tool.
+        id (str, optional): What the model calls the call, where its format has that.
+    """
 
     name: str
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,34 @@ class CallPiece:
 
 @dataclass(frozen=True)
 class Call:
-    """A whole call of a tool; a `CallStart` and pieces of it may have come before."""
+    """The end of a call of a tool: its `CallStart` and its pieces came before.
+
+    Args:
+        name (str): Of the tool.
+        arguments (dict): What the pieces add up to.
+        id (str, optional): As in the `CallStart`.
+    """
 
     name: str
     arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was generated; the events that it makes possible come after it.
+
+    Args:
+        id (int): Of the token.
+        logprob (float): The natural logarithm of its probability.
+        top (Sequence[dict]): mlx-lm's ``id``, ``token`` and ``logprob`` of others.
+        text (str): By which it made the reply longer.
+    """
+
+    id: int
+    logprob: float
+    top: Sequence[dict[str, Any]] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +89,7 @@ class End:
     stop_sequence: str | None = None
 
 
-Event = Thought | Text | CallStart | CallPiece | Call | End
+Event = Thought | Text | CallStart | CallPiece | Call | Token | End
 
 
 @dataclass

@@ -64,7 +64,7 @@ class MessageReply:
             yield self._input_delta(event.text)
         elif isinstance(event, Call):
             yield from self._call(event)
-        else:
+        elif isinstance(event, End):
             yield from self._end(event)
 
     def result(self) -> Body:

@@ -65,7 +65,7 @@ class ResponseReply:
             yield from self._call_piece(event.text)
         elif isinstance(event, Call):
             yield from self._call(event)
-        else:
+        elif isinstance(event, End):
             yield from self._end(event)
 
     def result(self) -> Body:
