@@ -48,10 +48,16 @@ class ServerParser(SpeculationParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         for add in FLAGS:
             add(self)
-        defaults = {name: self.get_default(name) for name in SAMPLING_FLAGS}
+        defaults = {
+            name: self.get_default(name)
+            for name in (*SAMPLING_FLAGS, "prompt_cache_size")
+        }
         # None tells a default from a value that was asked for.
-        self.set_defaults(**dict.fromkeys(SAMPLING_FLAGS))
+        self.set_defaults(**dict.fromkeys(defaults))
         parsed = super().parse_args(args, namespace)
+        parsed.is_prompt_cache_size_given = parsed.prompt_cache_size is not None
+        if not parsed.is_prompt_cache_size_given:
+            parsed.prompt_cache_size = defaults["prompt_cache_size"]
         _settle_sampling(parsed, defaults)
         if parsed.draft is not None:
             from ..drafters import is_draft_model
@@ -262,8 +268,13 @@ def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def run_http_server(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     call.arguments.setdefault("server_class", Server)
-    host = call.arguments["host"]
-    cli_args = call.arguments["response_generator"].cli_args
+    host, generator = call.arguments["host"], call.arguments["response_generator"]
+    cli_args = generator.cli_args
+    # Processes that share a model must keep the same, so theirs is left as it is.
+    if not generator._is_distributed:
+        from ..serving._prompt_cache import PromptCache
+
+        generator.prompt_cache = PromptCache.of(cli_args)
     if not is_local(host) and getattr(cli_args, "api_key", None) is None:
         # Not by logging, which may be told to be silent.
         warnings.warn(UNGUARDED.format(host), stacklevel=2)
