@@ -26,9 +26,15 @@ from ..drafters import (
     MTPDrafter,
     as_drafter,
 )
-from ..heads import MODEL_TYPES, describe_head, quantization_of
-from ..heads._hub import repo_of_snapshot
+from ..heads import (
+    describe_head,
+    has_head,
+    in_hub_cache,
+    may_have_head,
+    quantization_of,
+)
 from ..mixins.qwen3_5 import attach_mtp
+from ._commands import command
 
 Report = dict[str, Any]
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
@@ -48,14 +54,10 @@ MIN_ACCEPTANCE_RATE = 0.1
 # Less is within what one run of each prompt can tell.
 MIN_SPEED_UP = 1.05
 
-LOST = (
-    "The usual cause is a conversion that left the head out. To get it back: "
-    "mlx-optiq-ext extract-mtp {original} --into {folder}"
-)
-LOST_IN_CACHE = (
-    "The usual cause is a conversion that left the head out. The original model's can "
-    "be used from where it is: --mtp {original}"
-)
+LOST = "The usual cause is a conversion that left the head out. "
+GET_BACK = "To get it back: "
+REPLACE = "To put another head in its place: "
+USE = "The head of the original model can be used from where it is: "
 NO_DRAFTER = (
     "It has no MTP head. Pass --draft PATH: for a Gemma-4 model its -assistant model, "
     "for another one a smaller model with the same tokenizer."
@@ -105,12 +107,14 @@ def _examine(
     folder = find_folder(source)
     model, tokenizer, _ = load(source, lazy=True, return_config=True)
     report["model"] = {"path": str(folder), **_describe_model(model)}
-    if draft is None:
-        report["to_do"] = _how_to_get(model, folder)
-    drafter = as_drafter(draft, model) if draft else _bind_head(model, mtp)
+    try:
+        drafter = as_drafter(draft, model) if draft else _bind_head(model, mtp)
+    except SpeculationError:
+        if draft is None and mtp is None:
+            report["to_do"] = _how_to_get(model, folder)
+        raise
     report["drafter"] = _describe_drafter(drafter, model, mtp, draft)
     report["memory"] = _expect_memory(report, model, draft)
-    report["to_do"] = None
     speculation = {"draft": drafter, "num_draft_tokens": num_draft_tokens}
     report["test"] = _try(model, tokenizer, speculation, track)
 
@@ -121,10 +125,23 @@ def _bind_head(model: nn.Module, mtp: str | None) -> Any:
 
 
 def _how_to_get(model: nn.Module, folder: Path) -> str:
-    if getattr(model, "model_type", None) not in MODEL_TYPES:
+    """What to do about a model that has no drafter, or one that is no good."""
+    if not may_have_head(model):
         return NO_DRAFTER
-    text = LOST_IN_CACHE if repo_of_snapshot(folder) else LOST
-    return text.format(original=_original(folder) or "ORIGINAL", folder=folder)
+    original = _original(folder) or "ORIGINAL"
+    is_lost = not _is_head_there(folder)
+    cause = LOST if is_lost else ""
+    if in_hub_cache(folder):
+        return cause + USE + command("--mtp", original)
+    words = ("mlx-optiq-ext", "extract-mtp", original, "--into", folder)
+    return cause + (GET_BACK if is_lost else REPLACE) + command(*words)
+
+
+def _is_head_there(folder: Path) -> bool:
+    try:
+        return has_head(folder)
+    except SpeculationError:  # There are files that cannot be read.
+        return True
 
 
 def _original(folder: Path) -> str | None:

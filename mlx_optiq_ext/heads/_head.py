@@ -1,4 +1,4 @@
-"""The MTP head of Qwen3.5 and Qwen3.6 models."""
+"""The MTP head of Qwen3.5, Qwen3.6 and Qwen3.8 models."""
 
 from __future__ import annotations
 

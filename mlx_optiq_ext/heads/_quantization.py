@@ -8,8 +8,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import infer_quant_config
 
+from ._config import block
 from ._locate import StoredHead, Tensors
 
+_BLOCK = "mtplx_mtp_quantization"
 # What the names of quantised layers start with.
 _POLICIES = {"cyankiwi": "layers.", "all": ""}
 
@@ -56,19 +58,14 @@ def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
     ``mtplx_mtp_quantization`` asks for that with ``"prequantized": false``.
 
     Raises:
-        SpeculationError: If the policy in that block is unknown.
+        SpeculationError: If that block asks for something that is not known.
     """
-    block = stored.config.get("mtplx_mtp_quantization") or {}
-    if block.get("prequantized") is not False:
+    declared = block(stored.config, _BLOCK)
+    if declared.get("prequantized") is not False:
         return
-    prefix = _POLICIES.get(policy := block.get("policy", "cyankiwi"))
-    if prefix is None:
-        raise stored.error(
-            f"mtplx_mtp_quantization in config.json has the policy {policy!r}, expected"
-            f" one of {', '.join(_POLICIES)}."
-        )
+    prefix = _declared_prefix(stored, declared)
     params = {"group_size": 64, "bits": 4, "mode": "affine"}
-    params |= {name: block[name] for name in params.keys() & block.keys()}
+    params |= {name: declared[name] for name in params.keys() & declared.keys()}
 
     def declared_params(path: str, module: nn.Module) -> dict[str, Any] | bool:
         return (
@@ -81,8 +78,19 @@ def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
     _quantize(stored, head, declared_params)
 
 
+def _declared_prefix(stored: StoredHead, declared: dict[str, Any]) -> str:
+    policy = declared.get("policy", "cyankiwi")
+    if not isinstance(policy, str) or policy not in _POLICIES:
+        raise stored.error(
+            f"{_BLOCK} in config.json has the policy {policy!r}, expected"
+            f" one of {', '.join(_POLICIES)}."
+        )
+    return _POLICIES[policy]
+
+
 def _quantize(stored: StoredHead, head: nn.Module, predicate: Predicate) -> None:
     try:
         nn.quantize(head, class_predicate=predicate)
-    except (ValueError, RuntimeError, ZeroDivisionError) as exc:
+    # A configuration can have anything in the place of a number.
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as exc:
         raise stored.error(f"its quantisation is not understood: {exc}") from exc

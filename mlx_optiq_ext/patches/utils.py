@@ -10,5 +10,7 @@ from typing import Any
 def load_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model, config = wrapped(*args, **kwargs)
-    model._mtp_source = Path(call.arguments["model_path"])
+    # The path must outlive a change of the working folder. Links in it stay: by them a
+    # snapshot in the Hub's cache is recognised.
+    model._mtp_source = Path(call.arguments["model_path"]).absolute()
     return model, config
