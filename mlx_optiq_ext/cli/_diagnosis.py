@@ -51,7 +51,7 @@ NEAR_TIE = 0.7
 # Published heads and assistants reach 0.3 to 0.9. One that belongs to another model, or
 # whose norms are of the wrong convention, is right by chance only.
 MIN_ACCEPTANCE_RATE = 0.1
-# Less is within what one run of each prompt can tell.
+# A smaller gain cannot be told from noise with one run of each prompt.
 MIN_SPEED_UP = 1.05
 
 LOST = "The usual cause is a conversion that left the head out. "
@@ -87,7 +87,7 @@ def diagnose(
             warnings.simplefilter("ignore")
             patches.enable()
             _examine(report, source, mtp, draft, num_draft_tokens, track)
-    # Whatever is wrong with a checkpoint is what this is for.
+    # A checkpoint can be broken in any way, and every one of them is to be reported.
     except Exception as error:
         is_ours = isinstance(error, SpeculationError)
         report["problem"] = (
@@ -145,10 +145,10 @@ def _is_head_there(folder: Path) -> bool:
 
 
 def _original(folder: Path) -> str | None:
-    """The model that a model was made from, says its card."""
+    """The model that this one was made from, if its card names it."""
     try:
         base_model = ModelCard.load(folder / "README.md").data.base_model
-    except Exception:  # There is none, or it is not understood.
+    except Exception:  # The model has no card, or one that is not understood.
         return None
     return base_model[0] if isinstance(base_model, list) else base_model
 

@@ -24,9 +24,9 @@ def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHe
     Args:
         source (str or Path): The model's folder, or another folder, ``.safetensors``
           file or Hub id with its head.
-        args (TextModelArgs): The model's own.
-        dtype (mx.Dtype): Of the model's states. The head is cast to it: were its
-          weights wider, all that follows would be computed in their type.
+        args (TextModelArgs): The arguments of the model that reads text.
+        dtype (mx.Dtype): The type of the model's states. The head is cast to it: wider
+          weights would have everything after them computed in their type.
 
     Raises:
         SpeculationError: If there is no head, or not one for this model.
@@ -35,10 +35,14 @@ def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHe
 
 
 def build_head(stored: StoredHead, args: TextModelArgs, dtype: mx.Dtype) -> MTPHead:
-    """Make a head of the tensors that were found; arguments as ``load_head``'s.
+    """Make a head of the tensors that were found.
+
+    Args:
+        stored (StoredHead): The tensors.
+        args (TextModelArgs), dtype (mx.Dtype): As for ``load_head``.
 
     Raises:
-        SpeculationError: If it is not one for this model.
+        SpeculationError: If it is not a head for this model.
     """
     weights = rename(stored)
     _check_kind(stored, weights)

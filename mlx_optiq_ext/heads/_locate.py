@@ -24,7 +24,7 @@ SIDECARS = (
     "model-mtp.safetensors",
 )
 _PREFIX = re.compile(r"(?:(?:model|language_model)\.)*mtp\.")
-_UNPREFIXED = "pre_fc_norm_hidden.weight"  # In no model but an MTP head.
+_UNPREFIXED = "pre_fc_norm_hidden.weight"  # Only MTP heads have such a tensor.
 _CONVOLUTION = "conv1d.weight"
 
 Tensors = dict[str, mx.array]
@@ -34,7 +34,7 @@ Loaded = dict[Path, tuple[Tensors, dict[str, str]]]
 
 @dataclass(frozen=True)
 class StoredHead:
-    """A head as it is stored; nothing is read from the files before it is used.
+    """A head as it is stored. Its arrays are read from the files when they are used.
 
     Args:
         tensors (dict): Arrays by their name without prefix, such as ``fc.weight``.
@@ -56,7 +56,7 @@ class StoredHead:
     trunk_is_raw: bool | None
 
     def error(self, reason: str) -> SpeculationError:
-        """What to raise when this head cannot be used."""
+        """Make the error that says why this head cannot be used."""
         files = ", ".join(map(str, self.files))
         return SpeculationError(
             f"Cannot speculate with the MTP head in {files}: {reason}"
@@ -80,10 +80,13 @@ def find_head(source: str | Path) -> StoredHead:
 
 
 def search(source: str | Path) -> tuple[Path, StoredHead | None]:
-    """Where a head was looked for in the end, and the head if it is there.
+    """Search a place for a head.
 
     Args:
         source (str or Path): As for ``find_head``.
+
+    Returns:
+        tuple: The file or folder that was searched last, and the head or None.
 
     Raises:
         SpeculationError: If there is no such place, or its files cannot be read.
@@ -186,7 +189,7 @@ def _search(folder: Path) -> StoredHead | None:
     if shards := indexed_shards(folder):
         files = [folder / name for name in shards]
         if not all(file.is_file() for file in files):
-            return None  # Half a head is no head.
+            return None  # The missing shard may still be on the Hub.
         return _read(files, config, beside=_files_with_convolutions(folder))
     return _search_unindexed(folder, config)
 

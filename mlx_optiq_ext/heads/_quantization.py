@@ -12,7 +12,7 @@ from ._config import block
 from ._locate import StoredHead, Tensors
 
 _BLOCK = "mtplx_mtp_quantization"
-# What the names of quantised layers start with.
+# Each policy quantises the layers whose names have this prefix.
 _POLICIES = {"cyankiwi": "layers.", "all": ""}
 
 Predicate = Callable[[str, nn.Module], dict[str, Any] | bool]

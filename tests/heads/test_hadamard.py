@@ -30,20 +30,20 @@ BLOCK = 512
 TEXT_CONFIG = {
     "model_type": "qwen3_5_text",
     "hidden_size": BLOCK,
-    "intermediate_size": BLOCK,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "head_dim": 64,
     "rms_norm_eps": 1e-6,
     "vocab_size": 2048,
     "max_position_embeddings": 512,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 1,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 4,
+    "full_attention_interval": 2,
     "tie_word_embeddings": False,
     "rope_parameters": {
         "type": "default",
@@ -69,11 +69,11 @@ MODULES = [
     rotated("lm_head"),
     *(
         rotated(f"model.layers.{i}.mlp.{name}_proj")
-        for i in range(4)
+        for i in range(2)
         for name in ("gate", "up")
     ),
-    *(rotated(f"model.layers.3.self_attn.{name}_proj") for name in "qkv"),
-    rotated("model.layers.3.self_attn.o_proj", 0),
+    *(rotated(f"model.layers.1.self_attn.{name}_proj") for name in "qkv"),
+    rotated("model.layers.1.self_attn.o_proj", 0),
 ]
 
 
@@ -134,7 +134,7 @@ def decode(folder: Path, **options: Any) -> list[Any]:
     return [
         (response.token, response.logprobs)
         for response in mlx_lm.stream_generate(
-            model, tokenizer, PROMPT, max_tokens=12, **options
+            model, tokenizer, PROMPT, max_tokens=10, **options
         )
     ]
 
