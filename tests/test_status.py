@@ -201,12 +201,11 @@ def test_attention_whose_rows_depend_on_their_number_is_found(monkeypatch):
     def attention(queries, *args, **kwargs):
         found = upstream(queries, *args, **kwargs)
         is_wide = queries.shape[-1] == 512 and queries.shape[2] > 5
-        return found * 1.0000001 if is_wide else found
+        return found * 1.5 if is_wide else found
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    found = _exactness.measure_exact_rows()
-    assert found["attention, head size 512"] == 5
-    assert found["attention, head size 256"] != 5
+    assert set(_exactness._attention(512)) == {5}
+    assert 5 not in _exactness._attention(256)
 
 
 def test_a_recurrence_whose_rows_depend_on_their_number_is_found(monkeypatch):
@@ -217,4 +216,4 @@ def test_a_recurrence_whose_rows_depend_on_their_number_is_found(monkeypatch):
         return (found * 1.5 if q.shape[1] > 2 else found), state
 
     monkeypatch.setattr(_exactness, "gated_delta_update", update)
-    assert _exactness.measure_exact_rows()["recurrence"] == 2
+    assert _exactness._recurrence() == 2

@@ -46,10 +46,10 @@ def build_head(stored: StoredHead, args: TextModelArgs, dtype: mx.Dtype) -> MTPH
     """
     weights = rename(stored)
     _check_kind(stored, weights)
-    _check_vocabulary(stored, args)
     with random_state_kept():
         head = MTPHead(head_args(stored, weights, args))
         _check_tensors(stored, head, weights)
+        _check_vocabulary(stored, args)
         match_quantization(stored, head, weights)
     _check_numbers(stored, weights)
     weights = {

@@ -64,8 +64,9 @@ def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
     if declared.get("prequantized") is not False:
         return
     prefix = _declared_prefix(stored, declared)
-    params = {"group_size": 64, "bits": 4, "mode": "affine"}
-    params |= {name: declared[name] for name in params.keys() & declared.keys()}
+    params: dict[str, Any] = {"group_size": 64, "bits": 4, "mode": "affine"}
+    for name in params.keys() & declared.keys():
+        params[name] = _declared_value(stored, name, declared[name], type(params[name]))
 
     def declared_params(path: str, module: nn.Module) -> dict[str, Any] | bool:
         return (
@@ -76,6 +77,18 @@ def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
         )
 
     _quantize(stored, head, declared_params)
+
+
+def _declared_value(
+    stored: StoredHead, name: str, value: Any, expected: type
+) -> int | str:
+    is_number = type(value) is int and value > 0
+    if not (is_number if expected is int else isinstance(value, str)):
+        kind = "a positive whole number" if expected is int else "a name"
+        raise stored.error(
+            f"{_BLOCK} in config.json has {value!r} as {name}, expected {kind}."
+        )
+    return value
 
 
 def _declared_prefix(stored: StoredHead, declared: dict[str, Any]) -> str:
@@ -91,6 +104,5 @@ def _declared_prefix(stored: StoredHead, declared: dict[str, Any]) -> str:
 def _quantize(stored: StoredHead, head: nn.Module, predicate: Predicate) -> None:
     try:
         nn.quantize(head, class_predicate=predicate)
-    # A configuration can have anything in the place of a number.
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as exc:
+    except (ValueError, RuntimeError, ZeroDivisionError) as exc:
         raise stored.error(f"its quantisation is not understood: {exc}") from exc
