@@ -62,10 +62,12 @@ def _server() -> tuple[Patch, ...]:
         "ResponseGenerator._tokenize": ("tokenize", ("tokenizer", "request", "args")),
         "APIHandler.generate_response": ("with_counts", ()),
         "APIHandler.completion_usage_response": ("with_counts", ()),
-        "LRUPromptCache.fetch_nearest_cache": (
-            "fetch_nearest_cache",
-            ("model", "tokens"),
+        "ResponseGenerator.__init__": (
+            "response_generator",
+            ("model_provider", "prompt_cache"),
         ),
+        "ModelProvider.load": ("load", ("model_path",)),
+        "ModelProvider.load_default": ("load_default", ()),
         "scan_cache_dir": ("scan_cache_dir", ()),
         "_run_http_server": ("run_http_server", ("host", "response_generator")),
         "main": ("main", ()),
@@ -86,7 +88,6 @@ def _batching() -> tuple[Patch, ...]:
             ("segments", "caches"),
         ),
         ("server", "ModelProvider._load"): ("load_served", ("draft_model_path",)),
-        ("server", "ModelProvider.load_default"): ("load_default", ()),
         ("server", "ResponseGenerator._serve_single"): ("serve_single", ("request",)),
     }
     return tuple(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import os
 from typing import Any
 
 from ._request import CommandLineRequest, admission, command_line
@@ -36,7 +34,7 @@ def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         served.complete(cache, instance.max_kv_size) for cache in caches
     ]
     uids = wrapped(*call.args, **call.kwargs)
-    served.admit(uids, arguments, instance._find_uids(range(uids[-1] + 1)))
+    served.admit(uids, arguments, instance._find_uids({*served.uids, *uids}))
     return uids
 
 
@@ -48,18 +46,6 @@ def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         from ..serving._speculation import serve_speculatively
 
         serve_speculatively(instance)
-
-
-def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from .._errors import SpeculationError
-
-    try:
-        return wrapped(*args, **kwargs)
-    except SpeculationError as error:
-        # This is the generation thread; the main one would serve without a model.
-        logging.critical("%s", error)
-        logging.shutdown()
-        os._exit(1)
 
 
 def serve_single(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import inspect
 import ipaddress
+import logging
+import os
+import signal
 import sys
+import threading
 import warnings
+from contextlib import nullcontext
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import wrapt
 
+from .._errors import SpeculationError
 from .._options import AutoNumber
 from .command_line import SpeculationParser, add_flags
 
@@ -29,6 +35,13 @@ SAMPLING_FLAGS = {
     "top_k": "top_k",
     "min_p": "min_p",
 }
+API_KEY = "MLX_OPTIQ_EXT_API_KEY"  # of the environment
+# What a shell expects of a program that an interrupt ended.
+INTERRUPTED = ("Stopped.", 128 + signal.SIGINT)
+EXIT_STATUS = (
+    "Exit status: 130 after Ctrl-C, 1 if the model cannot be loaded or the address "
+    "cannot be listened at, 2 for wrong arguments."
+)
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
 
 
@@ -40,6 +53,13 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        try:
+            super().serve_forever(poll_interval)
+        except KeyboardInterrupt:
+            # mlx-lm would wait for the end of a generation that nobody reads any more.
+            end_process(*INTERRUPTED)
 
 
 class ServerParser(SpeculationParser):
@@ -72,6 +92,7 @@ class ServerParser(SpeculationParser):
         if parsed.num_draft_tokens == "auto":
             # Requests that do not say are given this, and checked by mlx-lm.
             parsed.num_draft_tokens = AutoNumber(1)
+        parsed.is_command = True
         return parsed
 
 
@@ -85,7 +106,16 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         type=_nonempty,
-        help="Key that requests must have, as a bearer token or as x-api-key",
+        default=os.environ.get(API_KEY),
+        help="Key that requests must have, as a bearer token or as x-api-key. Other "
+        "users of this machine can read it here; the environment variable "
+        f"{API_KEY}, which is the default, keeps it from them",
+    )
+    parser.add_argument(
+        "--allow-remote-images",
+        action="store_true",
+        help="Fetch images that requests name by http(s) URLs, from public addresses "
+        "only. Without this flag images have to be data: URLs",
     )
     parser.add_argument(
         "--max-request-size",
@@ -98,6 +128,7 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=RECOMMENDED_HELP,
     )
+    parser.epilog = EXIT_STATUS
 
 
 def _settle_sampling(parsed: argparse.Namespace, defaults: dict[str, Any]) -> None:
@@ -138,11 +169,15 @@ def send_error(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def log_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current
+    from ..serving._exchange import current, printable
 
     if (exchange := current.get()) is not None:
         call = inspect.signature(wrapped).bind(*args, **kwargs)
         exchange.measured.status = int(call.arguments["code"])
+    # Queries carry tokens, which nobody expects in a log.
+    line, _, rest = instance.requestline.partition("?")
+    version = rest.rpartition(" ")[2]
+    instance.requestline = printable(f"{line} {version}".strip())
     return wrapped(*args, **kwargs)
 
 
@@ -170,7 +205,7 @@ def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model = call.arguments["generation_args"].model
-    model.model = loadable_name(model.model, instance.cli_args)
+    model.model = loadable_name(model.model, instance.cli_args, model.adapter)
     defaults = getattr(instance.model_provider, "_model_map", {})
     if model.model == DEFAULT_MODEL and defaults.get(DEFAULT_MODEL, "") is None:
         raise APIError(404, NO_MODEL, param="model", code="model_not_found")
@@ -207,17 +242,20 @@ def generation_loop(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving import _generation
+    from ..serving._images import has_images, reading_images
     from ..serving._sampling import recommend
     from ..serving._speculation import check_draft_tokens, speculation_of
     from ._request import admission
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     tokenizer, request, arguments = call.args
-    recommend(arguments, instance.model_provider.model)
+    recommend(arguments, instance.model_provider.model, len(tokenizer))
     is_ours = isinstance(request, _generation.ChatRequest)
     if is_ours:
         _generation.check_request(instance, tokenizer, request)
-    tokenized = wrapped(*args, **kwargs)
+    images = reading_images() if has_images(request.messages) else nullcontext()
+    with images:
+        tokenized = wrapped(*args, **kwargs)
     if is_ours:
         tokenized = _generation.finish_prompt(
             instance, tokenizer, request, arguments, tokenized
@@ -229,17 +267,41 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return tokenized
 
 
-def fetch_nearest_cache(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def response_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving._prompt_cache import PromptCache
+
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    tokens = call.arguments["tokens"]
-    cache, rest = wrapped(*args, **kwargs)
-    if rest or not tokens:
-        return cache, rest
-    # A prompt that is all in the cache leaves no token to go on from: mlx-lm's thread
-    # would die of it.
-    call.arguments["tokens"] = tokens[:-1]
-    cache, rest = wrapped(*call.args, **call.kwargs)
-    return cache, [*rest, tokens[-1]]
+    provider = call.arguments["model_provider"]
+    # Processes that share a model must keep the same, so theirs is left as it is.
+    if is_command(provider.cli_args) and not provider.is_distributed:
+        # Its thread begins to use the cache at once.
+        call.arguments["prompt_cache"] = PromptCache.of(provider.cli_args)
+    return wrapped(*call.args, **call.kwargs)
+
+
+def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving._errors import LOADING
+
+    try:
+        return wrapped(*args, **kwargs)
+    except Exception as exc:
+        exc.add_note(LOADING)
+        raise
+
+
+def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving._sampling import describe_recommended
+
+    try:
+        wrapped(*args, **kwargs)
+    except Exception as exc:
+        # This is the generation thread: the main one would serve without a model.
+        if not is_command(instance.cli_args):
+            raise
+        logging.debug("The model could not be loaded", exc_info=exc)
+        end_process(f"error: {exc}", 1)
+    if line := describe_recommended(instance.cli_args, instance.model):
+        logging.warning(line)
 
 
 def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -268,17 +330,19 @@ def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def run_http_server(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     call.arguments.setdefault("server_class", Server)
-    host, generator = call.arguments["host"], call.arguments["response_generator"]
-    cli_args = generator.cli_args
-    # Processes that share a model must keep the same, so theirs is left as it is.
-    if not generator._is_distributed:
-        from ..serving._prompt_cache import PromptCache
-
-        generator.prompt_cache = PromptCache.of(cli_args)
+    host = call.arguments["host"]
+    cli_args = call.arguments["response_generator"].cli_args
     if not is_local(host) and getattr(cli_args, "api_key", None) is None:
         # Not by logging, which may be told to be silent.
         warnings.warn(UNGUARDED.format(host), stacklevel=2)
-    return wrapped(*call.args, **call.kwargs)
+    try:
+        return wrapped(*call.args, **call.kwargs)
+    except (OSError, OverflowError) as exc:
+        if not is_command(cli_args):
+            raise
+        # The generation thread would keep the process alive.
+        port = call.arguments["port"]
+        end_process(f"error: cannot listen at {host}, port {port}: {exc}", 1)
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -287,8 +351,29 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     module.argparse = _Argparse(argparse)
     try:
         return wrapped(*args, **kwargs)
+    except KeyboardInterrupt:
+        end_process(*INTERRUPTED)
+    except (SpeculationError, OSError) as exc:
+        end_process(f"error: {exc}", 1)
     finally:
         module.argparse = argparse
+
+
+def is_command(cli_args: Any) -> bool:
+    """Whether mlx-lm's command runs, and not its parts in some other program."""
+    return getattr(cli_args, "is_command", False)
+
+
+def end_process(line: str, status: int) -> NoReturn:
+    """Say one line and end the process, whatever its threads are doing."""
+    # A second Ctrl-C has nothing left to interrupt.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.write(f"{' '.join(line.split())}\n")
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_local(host: str) -> bool:

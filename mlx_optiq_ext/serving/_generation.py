@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -17,6 +18,7 @@ from .._random_state import random_state_kept
 from ._chat import Chat
 from ._errors import bad_request, context_overflow
 from ._fields import number, optional
+from ._images import has_images, has_remote_images, inline_images
 from ._models import DEFAULT_MODEL, loadable_name
 
 # For APIs whose requests need not say how long a reply may get.
@@ -32,12 +34,16 @@ class ChatRequest(server.CompletionRequest):
     Args:
         chat: What is asked for.
         counts_only: The prompt is tokenised and no more.
+        takes_images: The model has to take images, whether or not there are any.
         is_cut_by_context: Set when the context is what limits the reply.
+        tokenizer: Set to the tokenizer of the model that serves the request.
     """
 
     chat: Chat = field(default_factory=lambda: Chat(None, []))
     counts_only: bool = False
+    takes_images: bool = False
     is_cut_by_context: bool = False
+    tokenizer: Any = None
 
 
 class Counted(Exception):
@@ -51,8 +57,6 @@ class Counted(Exception):
 def chat_request(chat: Chat, *, counts_only: bool = False) -> ChatRequest:
     # mlx-lm changes messages in place.
     messages = copy.deepcopy(chat.messages)
-    if has_images(messages) and hasattr(server, "_inline_image_urls"):
-        _fetch_images(messages)
     tools = chat.tools
     return ChatRequest("chat", "", messages, tools, None, chat, counts_only)
 
@@ -64,11 +68,12 @@ def generation_arguments(chat: Chat, cli_args: Any) -> server.GenerationArgument
         APIError: 400, if one is not what it has to be.
     """
     body = chat.body
+    adapter = optional(body, "adapters", str)
     return server.GenerationArguments(
         model=server.ModelDescription(
-            model=loadable_name(chat.model, cli_args),
+            model=loadable_name(chat.model, cli_args, adapter),
             draft=optional(body, "draft_model", str, DEFAULT_MODEL),
-            adapter=optional(body, "adapters", str),
+            adapter=adapter,
         ),
         sampling=_sampling(body, cli_args),
         logits=_logits(body, cli_args),
@@ -86,18 +91,41 @@ def generation_arguments(chat: Chat, cli_args: Any) -> server.GenerationArgument
 
 def count_tokens(generator: server.ResponseGenerator, chat: Chat) -> int:
     """The length of a chat's prompt, by the way that generation goes as well."""
+    load_images(generator, chat)
     request = chat_request(chat, counts_only=True)
     arguments = generation_arguments(chat, generator.cli_args)
-    provider = generator.model_provider
+    tokenizer = _loaded_tokenizer(generator.model_provider, arguments)
     try:
-        if _is_loaded(provider, arguments) and not has_images(request.messages):
+        if tokenizer is not None and not has_images(request.messages):
             # No need to wait for the requests that are being served.
-            generator._tokenize(provider.tokenizer, request, arguments)
+            generator._tokenize(tokenizer, request, arguments)
         else:
             generator.generate(request, arguments)
     except Counted as counted:
         return counted.num_tokens
     raise AssertionError("a request that only counts was served")
+
+
+def load_images(generator: server.ResponseGenerator, chat: Chat) -> None:
+    """Put the bytes of a chat's remote images into it, if its model takes images.
+
+    Raises:
+        APIError: 400, if it takes none, or if an image cannot be had.
+    """
+    if has_remote_images(chat.messages):
+        _check_takes_images(generator, chat)
+        allow_remote = getattr(generator.cli_args, "allow_remote_images", False)
+        inline_images(chat.messages, allow_remote)
+
+
+def _check_takes_images(generator: server.ResponseGenerator, chat: Chat) -> None:
+    # Only the generation thread knows the model: it may have to load it first.
+    messages = [{"role": "user", "content": "image"}]
+    probe = Chat(chat.model, messages, body=chat.body)
+    request = chat_request(probe, counts_only=True)
+    request.takes_images = True
+    with contextlib.suppress(Counted):
+        generator.generate(request, generation_arguments(probe, generator.cli_args))
 
 
 def check_request(
@@ -109,7 +137,7 @@ def check_request(
         APIError: 400, with the reason.
     """
     processor = getattr(generator.model_provider, "processor", None)
-    if processor is None and has_images(request.messages):
+    if processor is None and (request.takes_images or has_images(request.messages)):
         raise bad_request("messages: this model takes no images", param="messages")
     if request.chat.must_call and not tokenizer.has_tool_calling:
         raise bad_request(
@@ -130,6 +158,7 @@ def finish_prompt(
         APIError: 400, if the prompt is longer than the model's context.
         Counted: If nothing but the number of its tokens was asked for.
     """
+    request.tokenizer = tokenizer
     tokenized = _begin_reply(tokenizer, request.chat, tokenized)
     num_tokens = len(tokenized[0])
     if request.counts_only:
@@ -201,15 +230,6 @@ def configured_context(config: dict[str, Any]) -> int | None:
     return size or None
 
 
-def has_images(messages: list[dict[str, Any]]) -> bool:
-    return any(
-        part["type"] == "image_url"
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-    )
-
-
 def _begin_reply(tokenizer: Any, chat: Chat, tokenized: Tokenized) -> Tokenized:
     prompt, segments, kinds, state, *rest = tokenized
     beginning, next_state = chat.prefill, "normal"
@@ -224,20 +244,19 @@ def _begin_reply(tokenizer: Any, chat: Chat, tokenized: Tokenized) -> Tokenized:
     return (prompt + tokens, segments, kinds, next_state, *rest)
 
 
-def _fetch_images(messages: list[dict[str, Any]]) -> None:
-    try:
-        server._inline_image_urls(messages)
-    except (OSError, ValueError) as exc:
-        raise bad_request(f"an image could not be fetched: {exc}") from exc
+def _loaded_tokenizer(provider: Any, arguments: server.GenerationArguments) -> Any:
+    """The tokenizer for a request, None if its model is not the one that is loaded.
 
-
-def _is_loaded(provider: Any, arguments: server.GenerationArguments) -> bool:
-    return (
-        arguments.model.model == DEFAULT_MODEL
-        and provider.tokenizer is not None
-        and provider.model_key is not None
-        and provider.model_key[0] == provider.cli_args.model
-    )
+    The generation thread may be loading another model at the same time. It forgets the
+    key first and sets it again before the tokenizer, so a tokenizer that was read
+    between two looks at the same key belongs to it.
+    """
+    key = provider.model_key
+    tokenizer = provider.tokenizer
+    is_default = arguments.model.model == DEFAULT_MODEL
+    if not is_default or key is None or key[0] != provider.cli_args.model:
+        return None
+    return tokenizer if provider.model_key is key else None
 
 
 def _sampling(body: dict[str, Any], cli_args: Any) -> server.SamplingArguments:

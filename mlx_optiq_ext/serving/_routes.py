@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hmac
+import functools
 import io
+import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from . import _anthropic, _responses
+from ._access import PREFLIGHT, check_key, check_origin
 from ._chat import Chat
 from ._completions import check_completion
-from ._errors import APIError, during_generation, openai_body
+from ._errors import APIError, ClientGone, during_generation, openai_body
 from ._events import Usage
-from ._exchange import Exchange, current
+from ._exchange import Exchange, current, parse_object
 from ._explain import explain
-from ._generation import count_tokens
+from ._fields import optional
+from ._generation import count_tokens, load_images
 from ._metrics import finish, require
 from ._serve import send_reply
 from ._state import state_of
@@ -31,25 +34,40 @@ class UpstreamError(Exception):
 
 
 class Route(NamedTuple):
-    """What answers requests of one method to paths that match.
+    """One path of the server and what answers requests for it.
 
     Args:
         method: Of HTTP.
-        pattern: Of the whole path, without the query.
-        answer: Called with the exchange and the pattern's groups.
+        template: The path, without a query. ``[/v1]`` may be left out by clients,
+          ``{id}`` stands for one segment and ``{path}`` for all that follows.
+        answer: Called with the exchange and the values of the placeholders.
         is_open: Whether it needs no key.
     """
 
     method: str
-    pattern: re.Pattern[str]
+    template: str
     answer: Callable[..., None]
     is_open: bool = False
 
     @property
     def name(self) -> str:
         """The path, with placeholders."""
-        pattern = self.pattern.pattern.removesuffix("(?:/.*)?")
-        return pattern.replace("(?:/v1)?", "/v1").replace("([^/]+)", "{id}")
+        return self.template.replace("[/v1]", "/v1")
+
+    def match(self, path: str) -> re.Match[str] | None:
+        return _pattern(self.template).fullmatch(path)
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template)
+    for name, value in (
+        ("[/v1]", "(?:/v1)?"),
+        ("{id}", "([^/]+)"),
+        ("{path}", "(.*)"),
+    ):
+        pattern = pattern.replace(re.escape(name), value)
+    return re.compile(pattern)
 
 
 def serve(handler: Any) -> None:
@@ -58,8 +76,8 @@ def serve(handler: Any) -> None:
     token = current.set(exchange)
     try:
         _answer(exchange)
-    except (ConnectionError, TimeoutError) as exc:
-        logging.info("%s %s: %s", handler.command, exchange.path, exc)
+    except ClientGone as exc:
+        logging.info("%s: %s", exchange.place, exc)
     finally:
         current.reset(token)
         exchange.close()
@@ -72,15 +90,14 @@ def _answer(exchange: Exchange) -> None:
     try:
         route, groups = _find(exchange.handler.command, exchange.path)
         exchange.measured.route = route.name
-        if not route.is_open:
-            check_key(exchange)
+        _check_access(exchange, route)
         route.answer(exchange, *groups)
-    except (ConnectionError, TimeoutError):
+    except ClientGone:
         raise
     except APIError as error:
         _send_error(exchange, error)
     except Exception as exc:
-        logging.exception("%s %s", exchange.handler.command, exchange.path)
+        logging.exception("%s", exchange.place)
         _send_error(exchange, during_generation(exc))
 
 
@@ -89,36 +106,42 @@ def _send_error(exchange: Exchange, error: APIError) -> None:
         exchange.send_error(error)
 
 
-def _find(method: str, path: str) -> tuple[Route, tuple[str, ...]]:
-    allowed = []
-    for route in ROUTES:
-        if match := route.pattern.fullmatch(path):
-            allowed.append(route.method)
-            if route.method == method:
-                return route, match.groups()
-    if not set(allowed) <= {"HEAD", "OPTIONS"}:
-        raise APIError(405, f"{path} takes {', '.join(allowed)}, not {method}")
-    raise APIError(404, f"there is nothing at {path}", code="unknown_url")
-
-
-def check_key(exchange: Exchange) -> None:
-    """Refuse a request without the server's key.
+def _check_access(exchange: Exchange, route: Route) -> None:
+    """Refuse a request before anything is done for it.
 
     Raises:
-        APIError: 401, if the server has a key and the request has not.
+        APIError: 401 or 403.
     """
-    expected = getattr(exchange.cli_args, "api_key", None)
-    if expected is None:
-        return
     headers = exchange.handler.headers
-    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    found = [bearer.strip() if scheme.lower() == "bearer" else ""]
-    found.append(headers.get("x-api-key", ""))
-    # Headers are bytes, which http.server decodes as Latin-1.
-    keys = [key.encode("latin-1", "replace") for key in found]
-    matches = [hmac.compare_digest(key, expected.encode()) for key in keys]
-    if not any(matches):
-        raise APIError(401, "the API key is missing or wrong", code="invalid_api_key")
+    check_origin(headers, exchange.cli_args.allowed_origins)
+    if not route.is_open:
+        check_key(headers, getattr(exchange.cli_args, "api_key", None))
+
+
+def _find(method: str, path: str) -> tuple[Route, tuple[str, ...]]:
+    """The route for a request; one for GET answers HEAD too.
+
+    Raises:
+        APIError: 404 or 405.
+    """
+    found = {
+        route.method: (route, match.groups())
+        for route in ROUTES
+        if (match := route.match(path))
+    }
+    if "GET" in found:
+        found.setdefault("HEAD", found["GET"])
+    if method in found:
+        return found[method]
+    if found.keys() <= {"HEAD", "OPTIONS"}:
+        raise APIError(404, f"there is nothing at {path}", code="unknown_url")
+    raise _not_allowed(method, path, found)
+
+
+def _not_allowed(method: str, path: str, allowed: Iterable[str]) -> APIError:
+    names = ", ".join(allowed)
+    message = f"{path} takes {names}, not {method}"
+    return APIError(405, message, headers={"Allow": names})
 
 
 def _messages(exchange: Exchange) -> None:
@@ -192,8 +215,13 @@ def _stored(exchange: Exchange, response_id: str) -> Stored:
 
 def _responses_upgrade(exchange: Exchange) -> None:
     if "Upgrade" in exchange.handler.headers:
-        raise APIError(426, "responses are streamed over HTTP, not over a web socket")
-    raise APIError(405, "/v1/responses takes POST, not GET")
+        raise APIError(
+            426,
+            "responses are streamed over HTTP, not over a web socket",
+            headers={"Upgrade": "HTTP/1.1"},
+        )
+    method = exchange.handler.command
+    raise _not_allowed(method, exchange.path, ("POST", "OPTIONS"))
 
 
 def _echoed(exchange: Exchange, chat: Chat) -> str:
@@ -212,30 +240,29 @@ def _probe(exchange: Exchange) -> None:
     exchange.send_head(200)
 
 
-def _upstream_get(exchange: Exchange) -> None:
+def _preflight(exchange: Exchange, *_: str) -> None:
+    exchange.send_head(204, PREFLIGHT)
+
+
+def _upstream_get(exchange: Exchange, *_: str) -> None:
     exchange.handler.path = exchange.path
     exchange.handler.do_GET()
-
-
-def _upstream_options(exchange: Exchange) -> None:
-    exchange.handler.do_OPTIONS()
 
 
 def _upstream_post(exchange: Exchange) -> None:
     """mlx-lm's completions, but with the errors that clients of OpenAI expect."""
     handler = exchange.handler
     data = check_completion(exchange.path, exchange.read_body())
+    data = _with_images(exchange, data)
     handler.path = exchange.path
     handler.headers.replace_header("Content-Length", str(len(data)))
     rfile, handler.rfile = handler.rfile, io.BytesIO(data)
     exchange.translates_errors = True
     try:
         handler.do_POST()
-    except (ConnectionError, TimeoutError):
-        raise
     except Exception as exc:
         cause = exc.__cause__ if isinstance(exc, UpstreamError) else exc
-        if isinstance(cause, ConnectionError):
+        if isinstance(cause, ClientGone):
             raise cause from None
         _upstream_failure(exchange, cause or exc)
     finally:
@@ -243,40 +270,46 @@ def _upstream_post(exchange: Exchange) -> None:
         handler.rfile = rfile
 
 
+def _with_images(exchange: Exchange, data: bytes) -> bytes:
+    """The body of a completion, with the bytes of its remote images in it."""
+    if not exchange.path.endswith("/chat/completions"):
+        return data
+    body = parse_object(data)
+    chat = Chat(optional(body, "model", str), body["messages"], body=body)
+    load_images(exchange.generator, chat)
+    return json.dumps(body).encode()
+
+
 def _upstream_failure(exchange: Exchange, exc: BaseException) -> None:
     error = explain(exchange, exc)
     if error.status >= 500:
-        logging.error("%s failed", exchange.path, exc_info=exc)
+        logging.error("%s failed", exchange.place, exc_info=exc)
     if not exchange.is_started:
         raise error from exc
     if exchange.handler.stream:
         exchange.send_data(openai_body(error))
 
 
-def _route(
-    method: str, pattern: str, answer: Callable[..., None], is_open: bool = False
-) -> Route:
-    return Route(method, re.compile(pattern), answer, is_open)
-
-
-_RESPONSES = "(?:/v1)?/responses"
-_RESPONSE = f"{_RESPONSES}/([^/]+)"
+_RESPONSES = "[/v1]/responses"
 
 ROUTES = (
-    _route("POST", "/v1/messages", _messages),
-    _route("POST", "/v1/messages/count_tokens", _count_message_tokens),
-    _route("POST", _RESPONSES, _responses_create),
-    _route("GET", _RESPONSES, _responses_upgrade),
-    _route("POST", f"{_RESPONSES}/input_tokens", _count_response_tokens),
-    _route("GET", _RESPONSE, _responses_get),
-    _route("DELETE", _RESPONSE, _responses_delete),
-    _route("GET", f"{_RESPONSE}/input_items", _responses_items),
-    _route("POST", f"{_RESPONSE}/cancel", _responses_cancel),
-    _route("HEAD", "/|/api/hello|/health", _probe, is_open=True),
-    _route("GET", "/health", _upstream_get, is_open=True),
-    _route("GET", "/metrics", _metrics),
-    _route("GET", "/v1/models(?:/.*)?", _upstream_get),
-    _route("OPTIONS", r"/.*|\*", _upstream_options, is_open=True),
-    _route("POST", "/v1/completions", _upstream_post),
-    _route("POST", "(?:/v1)?/chat/completions", _upstream_post),
+    Route("POST", "/v1/messages", _messages),
+    Route("POST", "/v1/messages/count_tokens", _count_message_tokens),
+    Route("POST", _RESPONSES, _responses_create),
+    Route("GET", _RESPONSES, _responses_upgrade),
+    Route("POST", f"{_RESPONSES}/input_tokens", _count_response_tokens),
+    Route("GET", f"{_RESPONSES}/{{id}}", _responses_get),
+    Route("DELETE", f"{_RESPONSES}/{{id}}", _responses_delete),
+    Route("GET", f"{_RESPONSES}/{{id}}/input_items", _responses_items),
+    Route("POST", f"{_RESPONSES}/{{id}}/cancel", _responses_cancel),
+    Route("HEAD", "/", _probe, is_open=True),
+    Route("HEAD", "/api/hello", _probe, is_open=True),
+    Route("GET", "/health", _upstream_get, is_open=True),
+    Route("GET", "/metrics", _metrics),
+    Route("GET", "/v1/models", _upstream_get),
+    Route("GET", "/v1/models/{path}", _upstream_get),
+    Route("OPTIONS", "/{path}", _preflight, is_open=True),
+    Route("OPTIONS", "*", _preflight, is_open=True),
+    Route("POST", "/v1/completions", _upstream_post),
+    Route("POST", "[/v1]/chat/completions", _upstream_post),
 )

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ._chat import Chat
-from ._errors import APIError
+from ._errors import APIError, ClientGone
 from ._events import End, Event, Usage
 from ._exchange import Exchange
 from ._explain import explain
 from ._fields import optional
-from ._generation import ChatRequest, chat_request, generation_arguments
+from ._generation import ChatRequest, chat_request, generation_arguments, load_images
 from ._reply import Splitter, read_reply, trim, with_leading_space
 
 Body = dict[str, Any]
@@ -61,7 +61,7 @@ def send_reply(
                 keep(reply.result())
             if is_streamed:
                 exchange.send_event(body)
-    except (ConnectionError, TimeoutError):
+    except ClientGone:
         raise
     except Exception as exc:
         _fail(exchange, reply, exc)
@@ -78,6 +78,7 @@ def write_reply(
     exchange: Exchange, chat: Chat, reply: Reply, usage: Usage
 ) -> Iterator[Body]:
     """The events of a reply while it is generated."""
+    load_images(exchange.generator, chat)
     request = chat_request(chat)
     arguments = generation_arguments(chat, exchange.cli_args)
     context, responses = exchange.generator.generate(
@@ -89,24 +90,19 @@ def write_reply(
     usage.num_prompt_tokens = len(context.prompt)
     usage.num_cached_tokens = max(context.prompt_cache_count, 0)
     yield from reply.start()
-    generator = exchange.generator
-    for event in trim(_events(generator, request, context, responses, usage)):
+    for event in trim(_events(request, context, responses, usage)):
         yield from reply.feed(event)
 
 
 def _events(
-    generator: Any,
-    request: ChatRequest,
-    context: Any,
-    responses: Iterator[Any],
-    usage: Usage,
+    request: ChatRequest, context: Any, responses: Iterator[Any], usage: Usage
 ) -> Iterator[Event]:
     chat = request.chat
     if chat.max_tokens == 0:
         next(responses)
         return iter([End("length")])
     if chat.prefill:
-        responses = with_leading_space(responses, generator.model_provider.tokenizer)
+        responses = with_leading_space(responses, request.tokenizer)
     parser = context.tool_parser if context.has_tool_calling else None
     splitter = Splitter(
         context.text_sm,
@@ -132,7 +128,7 @@ def _is_streamed(chat: Chat) -> bool:
 def _fail(exchange: Exchange, reply: Reply, exc: Exception) -> None:
     error = explain(exchange, exc)
     if error.status >= 500:
-        logging.error("%s failed", exchange.path, exc_info=exc)
+        logging.error("%s failed", exchange.place, exc_info=exc)
     if not exchange.is_started:
         raise error from exc
     for body in reply.failure(error):

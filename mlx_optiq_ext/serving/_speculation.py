@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -31,6 +31,11 @@ class ServedSpeculation:
         self._model = model
         self._by_sequence: dict[int, SequenceOptions] = {}
         self.drafter = drafter
+
+    @property
+    def uids(self) -> Collection[int]:
+        """The sequences that were admitted and are not known to have ended."""
+        return self._by_sequence.keys()
 
     def options(self, uid: int) -> SequenceOptions:
         """Those of a sequence in the batch."""

@@ -20,7 +20,7 @@ class ServerState:
         store: Responses that can be asked for again.
         waiting: The queues on which requests that are being served get their reply.
         metrics: Counters of all requests, None where they cannot be had.
-        exchanges: Those for which something is being generated.
+        exchanges: The exchanges for which something is being generated.
     """
 
     store: ResponseStore = field(default_factory=ResponseStore)
@@ -34,5 +34,9 @@ _lock = threading.Lock()
 
 
 def state_of(generator: Any) -> ServerState:
+    """The state of a generator, made when it is asked for the first time."""
     with _lock:
-        return _states.setdefault(generator, ServerState())
+        state = _states.get(generator)
+        if state is None:
+            state = _states[generator] = ServerState()
+        return state

@@ -32,7 +32,7 @@ class ServerProcess:
         self.log = log
         self.port = free_port()
         arguments = ["--model", str(folder), "--port", str(self.port), *flags]
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-c", start, "--trust-remote-code", *arguments],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -46,7 +46,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     def output(self) -> str:
         return self.log.read_text()
@@ -63,12 +63,12 @@ class ServerProcess:
         return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def _wait(self) -> None:
         deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=TIMEOUT)
             except OSError:
