@@ -6,9 +6,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from .._record import record_of
+
 
 def load_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model, config = wrapped(*args, **kwargs)
-    model._mtp_source = Path(call.arguments["model_path"])
+    record_of(model).source = Path(call.arguments["model_path"]).absolute()
     return model, config

@@ -11,9 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..decoding._guard import guard_processors, guard_sampler
+from ._carried import carried_by
 from ._errors import ClientGone
 from ._exchange import is_abandoned
+from ._guard import guard_processors, guard_sampler
 from ._state import state_of
 
 
@@ -27,7 +28,7 @@ def admit(generator: Any, request: Any) -> Any:
         queue.put(ClientGone("the client left before its turn"))
         return None
     state_of(generator).waiting.add(queue)
-    arguments.reply_queue = queue
+    carried_by(arguments).reply_queue = queue
     return request
 
 
@@ -40,7 +41,9 @@ def guard_sequences(options: dict[str, Any], arguments: Any) -> None:
         options (dict): Arguments of ``insert_segments``; changed in place.
         arguments (GenerationArguments): Of the request.
     """
-    report = arguments.reply_queue.put
+    queue = carried_by(arguments).reply_queue
+    assert queue is not None, "the request was not taken from the line"
+    report = queue.put
     if samplers := options.get("samplers"):
         options["samplers"] = [guard_sampler(each, report) for each in samplers]
     if processors := options.get("logits_processors"):

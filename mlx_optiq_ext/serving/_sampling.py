@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from .._record import record_of
+from ._carried import carried_by
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -23,7 +25,7 @@ def note_given(arguments: Any, body: dict[str, Any], cli_args: Any) -> None:
     """
     if getattr(cli_args, "recommended_sampling", False):
         names = {name for name, value in body.items() if value is not None}
-        arguments.given = names | cli_args.given_sampling
+        carried_by(arguments).given = names | cli_args.given_sampling
 
 
 def recommend(arguments: Any, model: Any) -> None:
@@ -33,11 +35,11 @@ def recommend(arguments: Any, model: Any) -> None:
         arguments (GenerationArguments): Of a request; changed in place.
         model (nn.Module): That the request is for.
     """
-    given: Collection[str] | None = getattr(arguments, "given", None)
-    source = getattr(model, "_mtp_source", None)
+    given = carried_by(arguments).given
+    source = record_of(model).source
     if given is None or source is None:
         return
-    for name, value in read_recommended(Path(source)).items():
+    for name, value in read_recommended(source).items():
         if name not in given:
             owner = arguments.sampling if name in SAMPLING else arguments.logits
             setattr(owner, name, value)
