@@ -36,6 +36,6 @@ def _reduce_to_original(model: Any, protocol: Any) -> tuple[Any, ...]:
     return _new, (model._original_class,), *reduced[2:]
 
 
-def _new(model_class: type[nn.Module]) -> nn.Module:
+def _new(model_class: Any) -> Any:
     # Not copyreg.__newobj__: pickle refuses that for another class than the object's.
     return model_class.__new__(model_class)

@@ -21,6 +21,7 @@ from .conftest import Starter
 from .test_speculation import (
     CHAT,
     COMPLETIONS,
+    ask,
     assert_counts_add_up,
     start_in_vain,
 )
