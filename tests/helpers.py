@@ -48,6 +48,7 @@ class ScriptedDrafter:
         is_right (Callable): Whether the draft for a position of the script is right.
     """
 
+    name = "scripted"
     reads_hidden_states = False
 
     def __init__(
@@ -60,14 +61,13 @@ class ScriptedDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
-    def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
-    ) -> ScriptedSession:
+    def open(self, *_: Any) -> ScriptedSession:
         return ScriptedSession(self)
 
 
 class ScriptedSession:
     last_state = None
+    num_put_off = 0
 
     def __init__(self, drafter: ScriptedDrafter):
         self.drafter = drafter
@@ -89,6 +89,9 @@ class ScriptedSession:
         if not drafter.is_right(position):
             token = (token + 1) % drafter.vocab_size
         return mx.where(mx.arange(drafter.vocab_size) == token, 30.0, 0.0)[None]
+
+    def catch_up(self) -> None:
+        pass
 
     def close(self, num_tokens: int, last_state: Any) -> None:
         pass

@@ -20,6 +20,7 @@ from mlx_lm.utils import get_total_parameters
 from .. import _comparing, patches
 from .._checkpoints import find_folder
 from .._errors import SpeculationError
+from .._record import record_of
 from ..drafters import (
     DraftModelDrafter,
     GemmaAssistantDrafter,
@@ -33,7 +34,7 @@ from ..heads import (
     may_have_head,
     quantization_of,
 )
-from ..mixins.qwen3_5 import attach_mtp
+from ..mixins import attach_mtp
 from ._commands import command
 
 Report = dict[str, Any]
@@ -182,7 +183,7 @@ def _describe_weights(module: nn.Module) -> Report:
 def _describe_drafter(
     drafter: Any, model: nn.Module, mtp: str | None, draft: str | None
 ) -> Report:
-    head = getattr(model, "_mtp", None)
+    head = record_of(model).head
     if head is None:
         modules = [
             x
@@ -192,11 +193,11 @@ def _describe_drafter(
         weights = _describe_weights(modules[0]) if modules else {}
         kind = KINDS.get(type(drafter), type(drafter).__name__)
         return {"kind": kind, "source": draft, **weights}
-    description = asdict(describe_head(model._mtp_loaded_from))
+    description = asdict(describe_head(record_of(model).head_source or ""))
     description["files"] = [str(file) for file in description["files"]]
     return {
         "kind": KINDS[MTPDrafter],
-        "source": draft or mtp or model._mtp_loaded_from,
+        "source": draft or mtp or record_of(model).head_source,
         **description,
         **_describe_weights(head),
     }
@@ -209,7 +210,7 @@ def _expect_memory(report: Report, model: nn.Module, draft: str | None) -> Repor
         "drafter_bytes_per_token": 0,
         "device_bytes": mx.device_info().get("memory_size"),
     }
-    if (head := getattr(model, "_mtp", None)) is not None:
+    if (head := record_of(model).head) is not None:
         attention = head.layers[0].self_attn
         size = attention.num_key_value_heads * attention.head_dim
         found["drafter_bytes_per_token"] = 2 * size * head.norm.weight.itemsize

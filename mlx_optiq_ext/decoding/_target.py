@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -25,13 +26,41 @@ class CacheOptions:
     quantized_kv_start: int
 
 
+class Output:
+    """What a forward pass of the target computes.
+
+    Args:
+        first (mx.array): The states if the target shows them, otherwise the logits:
+            ``[1, num_tokens, hidden or vocab]``.
+        project (Callable, optional): Makes logits of states.
+    """
+
+    def __init__(
+        self,
+        first: mx.array,
+        project: Callable[[mx.array], mx.array] | None = None,
+    ):
+        self.first = first
+        self._project = project
+
+    @property
+    def states(self) -> mx.array | None:
+        """The hidden states, ``[1, num_tokens, hidden]``, None if not shown."""
+        return None if self._project is None else self.first
+
+    @cached_property
+    def logits(self) -> mx.array:
+        """Logits, ``[1, num_tokens, vocab]``, which cost nothing until asked for."""
+        return self.first if self._project is None else self._project(self.first)
+
+
 class Target:
     """A model with the cache of one sequence.
 
     Args:
         model (nn.Module): The model.
-        reads_hidden_states (bool): Whether ``forward`` returns hidden states, or the
-          logits themselves.
+        shows_states (bool): Whether the hidden states of the model are of interest,
+          which has ``hidden_states`` and ``project`` then.
         prompt_cache (list[Any], optional): Entries to use, the target's first.
         options (CacheOptions): How to make and quantise entries.
 
@@ -43,7 +72,7 @@ class Target:
     def __init__(
         self,
         model: nn.Module,
-        reads_hidden_states: bool,
+        shows_states: bool,
         prompt_cache: list[Any] | None,
         options: CacheOptions,
     ):
@@ -57,8 +86,8 @@ class Target:
             )
         for entry in self.entries:
             marks(entry)
-        self._call = model.hidden_states if reads_hidden_states else model
-        self._project = model.project if reads_hidden_states else None
+        self._model = model
+        self._shows_states = shows_states
         self._can_tape = can_tape(model)
         self._options = options
 
@@ -72,17 +101,13 @@ class Target:
         offsets = [getattr(entry, "offset", 0) for entry in _leaves(self.entries)]
         return max(offsets, default=0)
 
-    def forward(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
-        """States of the next tokens, ``[1, num_tokens, hidden]``."""
-        if embeddings is None:
-            return self._call(tokens[None], cache=self.entries)
-        return self._call(
-            tokens[None], cache=self.entries, input_embeddings=embeddings[None]
-        )
-
-    def project(self, states: mx.array) -> mx.array:
-        """Logits ``[1, num_tokens, vocab]`` of states."""
-        return states if self._project is None else self._project(states)
+    def forward(self, tokens: mx.array, embeddings: mx.array | None = None) -> Output:
+        """Process the next tokens, ``[num_tokens]``, or what replaces them."""
+        options = {} if embeddings is None else {"input_embeddings": embeddings[None]}
+        if not self._shows_states:
+            return Output(self._model(tokens[None], cache=self.entries, **options))
+        states = self._model.hidden_states(tokens[None], cache=self.entries, **options)
+        return Output(states, self._model.project)
 
     def transaction(self) -> Transaction:
         return Transaction(self.entries, Tape() if self._can_tape else None)
@@ -96,7 +121,7 @@ class Target:
 
     @property
     def max_rows(self) -> float:
-        """Rows that one pass may have to compute what as many passes would."""
+        """The most rows that a pass may have and still equal as many passes of one."""
         num_quantizable = sum(hasattr(entry, "to_quantized") for entry in self.entries)
         limits = map(_max_rows, _leaves(self.entries))
         if self._options.kv_bits is None or num_quantizable == 0:

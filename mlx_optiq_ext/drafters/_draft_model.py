@@ -6,6 +6,7 @@ target's holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ class DraftModelDrafter:
         model (nn.Module): The draft model.
     """
 
+    name = "draft_model"
     reads_hidden_states = False
 
     def __init__(self, model: nn.Module):
@@ -35,7 +37,11 @@ class DraftModelDrafter:
         return make_prompt_cache(self._model)
 
     def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+        self,
+        prompt_cache: list[Any],
+        num_target_entries: int,
+        num_tokens: int,
+        tokens: Sequence[int] = (),
     ) -> DraftModelSession:
         entries = self.make_cache()
         own = prompt_cache[num_target_entries:]
@@ -67,11 +73,18 @@ class DraftModelSession:
         self._put_off = mx.zeros(0, mx.uint32)
 
     @property
+    def num_put_off(self) -> int:
+        return self._put_off.size
+
+    @property
     def last_state(self) -> None:
         return None
 
     def prefill(
-        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        states: mx.array | None,
+        embeddings: mx.array | None = None,
     ) -> None:
         if embeddings is not None:
             raise ValueError("A draft model does not support input embeddings.")
@@ -87,21 +100,25 @@ class DraftModelSession:
     ) -> None:
         self._num_tokens += tokens.size
         self._put_off = mx.concatenate([self._put_off, tokens])
-        if num_draft_tokens == 0 and self._put_off.size < MAX_PUT_OFF:
+        if num_draft_tokens == 0:
+            if self._put_off.size >= MAX_PUT_OFF:
+                self.catch_up()
             return
         logits = self._see(self._put_off)
         self._put_off = self._put_off[:0]
-        if num_draft_tokens == 0:
-            mx.async_eval([entry.state for entry in self._entries])
-            return
-        assert states is not None
         chain = Transaction(self._entries)
         for position in range(num_draft_tokens):
             if position:
                 logits = self._forward(proposal.tokens[-1])
-            proposal.add(_fit(logits[:, -1], states.shape[-1]))
+            proposal.add(logits[:, -1])
         if num_draft_tokens > 1:
             chain.keep(0)
+
+    def catch_up(self) -> None:
+        if self._put_off.size:
+            self._see(self._put_off)
+            self._put_off = self._put_off[:0]
+            mx.async_eval([entry.state for entry in self._entries])
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
         num_extra = max(self._num_tokens - num_tokens, 0)
@@ -121,10 +138,3 @@ class DraftModelSession:
 
     def _forward(self, tokens: mx.array) -> mx.array:
         return self._model(tokens[None], cache=self._entries)
-
-
-def _fit(logits: mx.array, vocab_size: int) -> mx.array:
-    """Logits for the target's vocabulary; models pad theirs to different sizes."""
-    num_missing = max(vocab_size - logits.shape[-1], 0)
-    logits = mx.pad(logits, [(0, 0), (0, num_missing)], constant_values=-mx.inf)
-    return logits[:, :vocab_size]

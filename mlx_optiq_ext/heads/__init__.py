@@ -32,6 +32,7 @@ from ._carry import carry_head
 from ._describe import describe_head
 from ._head import MTPHead
 from ._host import (
+    MODEL_TYPES,
     Host,
     check_type,
     dequantize_head,
@@ -47,6 +48,7 @@ from ._locate import has_head, is_head
 from ._write import add_sidecar
 
 __all__ = [
+    "MODEL_TYPES",
     "Host",
     "MTPHead",
     "add_sidecar",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SpeculationError
+from .._record import record_of
 
 NO_MTP_HELP = (
     "Drop the multi-token-prediction head. By default that of Qwen3.5, Qwen3.6 and "
@@ -81,7 +82,7 @@ def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
     from ..heads import Host, carry_head
 
     config = arguments["config"]
-    places = [getattr(model, "_mtp_source", None), arguments["src_path_or_repo"]]
+    places = [record_of(model).source, arguments["src_path_or_repo"]]
     sources = list(dict.fromkeys(_full(place) for place in places if place is not None))
     try:
         head = carry_head(sources, Host.of(model), config)

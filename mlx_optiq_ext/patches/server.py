@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import wrapt
 
 from .._errors import SpeculationError
-from .._options import AutoNumber
+from .._options import AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
 NO_MODEL = "there is no default model: start the server with --model, or name one"
@@ -91,7 +91,7 @@ class ServerParser(SpeculationParser):
                     parsed.num_draft_tokens = self.num_draft_tokens
         if parsed.num_draft_tokens == "auto":
             # Requests that do not say are given this, and checked by mlx-lm.
-            parsed.num_draft_tokens = AutoNumber(1)
+            parsed.num_draft_tokens = AUTO_AS_NUMBER
         parsed.is_command = True
         return parsed
 
@@ -245,7 +245,7 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from ..serving._images import has_images, reading_images
     from ..serving._sampling import recommend
     from ..serving._speculation import check_draft_tokens, speculation_of
-    from ._request import admission
+    from ._request import Request, current
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     tokenizer, request, arguments = call.args
@@ -263,7 +263,7 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     _generation.check_generation(tokenizer, arguments, tokenized[0])
     if speculation_of(instance.model_provider.model) is not None:
         check_draft_tokens(arguments)
-    admission.set(arguments)
+    current.set(Request(arguments=arguments))
     return tokenized
 
 
@@ -309,11 +309,12 @@ def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     response = wrapped(*args, **kwargs)
     exchange = current.get()
-    stats = getattr(exchange and exchange.arguments, "speculation", None)
-    if stats is not None:
+    if exchange is not None and exchange.arguments is not None:
+        from ..serving._carried import carried_by
         from ..serving._speculation import add_counts
 
-        add_counts(response, stats)
+        if (stats := carried_by(exchange.arguments).stats) is not None:
+            add_counts(response, stats)
     return response
 
 

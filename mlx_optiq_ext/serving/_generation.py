@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm import server
 
 from .._random_state import random_state_kept
+from .._record import record_of
 from ._chat import Chat
 from ._errors import bad_request, context_overflow
 from ._fields import number, optional
@@ -209,8 +210,8 @@ def _sample_lazily(tokenizer: Any, arguments: server.GenerationArguments) -> Non
 
 def context_size(model: Any) -> int | None:
     """Positions that a model was made for, None if its configuration is not known."""
-    source = getattr(model, "_mtp_source", None)
-    return None if source is None else _read_context(Path(source) / "config.json")
+    source = record_of(model).source
+    return None if source is None else _read_context(source / "config.json")
 
 
 @functools.cache

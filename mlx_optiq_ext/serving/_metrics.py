@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..decoding import SpeculationStats
+from ._carried import carried_by
 from ._errors import APIError
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def finish(exchange: Exchange, metrics: Metrics | None) -> None:
         metrics.add(measured)
     if exchange.context is None:
         return
-    stats = getattr(exchange.arguments, "speculation", None) or SpeculationStats()
+    stats = carried_by(exchange.arguments).stats or SpeculationStats()
     num_prompt_tokens = len(exchange.context.prompt)
     logging.info(
         "%s %s: %s prompt tokens (%s cached), %s generated, %.1f tokens/s, "

@@ -12,9 +12,10 @@ from collections.abc import Callable, MutableSet
 from queue import Queue
 from typing import Any
 
-from ..decoding._guard import guard_processors, guard_sampler
+from ._carried import carried_by
 from ._errors import ClientGone, during_generation
 from ._exchange import is_abandoned
+from ._guard import guard_processors, guard_sampler
 from ._state import state_of
 
 
@@ -28,7 +29,7 @@ def admit(generator: Any, request: Any) -> Any:
         queue.put(ClientGone("the client left before its turn"))
         return None
     state_of(generator).waiting.add(queue)
-    arguments.reply_queue = queue
+    carried_by(arguments).reply_queue = queue
     return request
 
 
@@ -41,7 +42,9 @@ def guard_sequences(options: dict[str, Any], arguments: Any) -> None:
         options (dict): Arguments of ``insert_segments``; changed in place.
         arguments (GenerationArguments): Of the request.
     """
-    report = arguments.reply_queue.put
+    queue = carried_by(arguments).reply_queue
+    assert queue is not None, "the request was not taken from the line"
+    report = queue.put
     if samplers := options.get("samplers"):
         options["samplers"] = [guard_sampler(each, report) for each in samplers]
     if processors := options.get("logits_processors"):

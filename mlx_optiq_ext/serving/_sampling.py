@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from .._record import record_of
+from ._carried import carried_by
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 RECOMMENDED = "Requests that do not say are sampled as the model recommends: {}{}"
@@ -24,7 +26,7 @@ def note_given(arguments: Any, body: dict[str, Any], cli_args: Any) -> None:
     """
     if getattr(cli_args, "recommended_sampling", False):
         names = {name for name, value in body.items() if value is not None}
-        arguments.given = names | cli_args.given_sampling
+        carried_by(arguments).given = names | cli_args.given_sampling
 
 
 def recommend(arguments: Any, model: Any, num_tokens: int) -> None:
@@ -35,11 +37,11 @@ def recommend(arguments: Any, model: Any, num_tokens: int) -> None:
         model (nn.Module): The model that the request is for.
         num_tokens (int): The number of tokens that there are to sample from.
     """
-    given: Collection[str] | None = getattr(arguments, "given", None)
-    source = getattr(model, "_mtp_source", None)
+    given = carried_by(arguments).given
+    source = record_of(model).source
     if given is None or source is None:
         return
-    for name, value in read_recommended(Path(source)).items():
+    for name, value in read_recommended(source).items():
         if name == "top_k" and value >= num_tokens:
             value = 0  # mlx-lm takes no other number for "all of them".
         if name not in given:
@@ -57,10 +59,10 @@ def describe_recommended(cli_args: Any, model: Any) -> str | None:
     Returns:
         str: One line, None if such requests are decoded as by mlx-lm.
     """
-    source = getattr(model, "_mtp_source", None)
+    source = record_of(model).source
     if source is None or not getattr(cli_args, "recommended_sampling", False):
         return None
-    found = read_recommended(Path(source)).items()
+    found = read_recommended(source).items()
     values = {name: v for name, v in found if name not in cli_args.given_sampling}
     is_greedy = not values.get("temperature", cli_args.temp)
     names = [n for n in values if n in PENALTIES or not is_greedy]

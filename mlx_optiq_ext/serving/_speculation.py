@@ -10,12 +10,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
-from .._options import MAX_DRAFT_TOKENS, AutoNumber
-from ..decoding import SpeculationStats
-from ..decoding._batch import SequenceOptions
-from ..drafters import Drafter, MTPDrafter, as_drafter, limit_drafts
-from ..drafters._priming import prime_with_calls
-from ..mixins.qwen3_5 import attach_mtp
+from .._options import AUTO_AS_NUMBER, MAX_DRAFT_TOKENS
+from .._record import record_of
+from ..decoding import SequenceOptions, SpeculationStats
+from ..drafters import Drafter, MTPDrafter, as_drafter, keep_primed, limit_drafts
+from ..mixins import attach_mtp
+from ._carried import carried_by
 from ._errors import bad_request
 
 
@@ -74,16 +74,14 @@ def options_of(arguments: Any) -> SequenceOptions:
     Args:
         arguments (GenerationArguments): Of the request.
     """
-    arguments.speculation = SpeculationStats()
-    number = arguments.num_draft_tokens
-    return SequenceOptions(
-        "auto" if isinstance(number, AutoNumber) else number, arguments.speculation
-    )
+    number, stats = arguments.num_draft_tokens, SpeculationStats()
+    carried_by(arguments).stats = stats
+    return SequenceOptions("auto" if number is AUTO_AS_NUMBER else number, stats)
 
 
 def speculation_of(model: nn.Module | None) -> ServedSpeculation | None:
     """How the sequences of a model are decoded, None if plainly."""
-    return getattr(model, "_served", None)
+    return None if model is None else record_of(model).served
 
 
 def check_draft_tokens(arguments: Any) -> None:
@@ -145,16 +143,14 @@ def serve_speculatively(provider: Any) -> None:
             "%s is served without speculation: %s", provider.model_key, error
         )
         return
-    # Not a submodule, so not by nn.Module.__setattr__.
-    served = ServedSpeculation(provider.model, drafter)
-    object.__setattr__(provider.model, "_served", served)
+    keep_primed(drafter, provider.model)
+    record_of(provider.model).served = ServedSpeculation(provider.model, drafter)
 
 
 def _drafter(model: nn.Module, flags: Any, is_default: bool) -> Drafter:
     if flags.draft is not None:
         return as_drafter(flags.draft, model)
     attach_mtp(model, flags.mtp if is_default and flags.mtp is not True else None)
-    prime_with_calls(model)
     return MTPDrafter(model)
 
 

@@ -133,14 +133,16 @@ def measure_draft_seconds(
     model, cache = start.model, copy_cache(start.cache)
     num_tokens = start.tokens.size
     session = drafter.open(list(cache), len(cache), num_tokens)
-    call = model.hidden_states if drafter.reads_hidden_states else model
-    states = call(start.tokens[None], cache=cache)
-    mx.eval(states)
+    states = None
+    if drafter.reads_hidden_states:
+        states = model.hidden_states(start.tokens[None], cache=cache)
+        mx.eval(states)
     session.prefill(start.tokens, states)
+    last_state = None if states is None else states[:, -1:]
     seconds = []
     for _ in range(num_repeats + 1):
         proposal = Proposal(Verifier(), None)
-        session.draft(start.tokens[-1:], states[:, -1:], depth, proposal)
+        session.draft(start.tokens[-1:], last_state, depth, proposal)
         began = start.clock()
         mx.eval(proposal.tokens)
         seconds.append(start.clock() - began)

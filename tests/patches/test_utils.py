@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
+from mlx_optiq_ext._record import record_of
 from tests.helpers import DEMO
 
 
@@ -32,4 +33,4 @@ def test_a_link_to_a_model_is_not_followed(
     (tmp_path / "link").symlink_to(DEMO)
     monkeypatch.chdir(tmp_path)
     model, _ = mlx_lm.load("link")
-    assert model._mtp_source == tmp_path / "link"
+    assert record_of(model).source == tmp_path / "link"
