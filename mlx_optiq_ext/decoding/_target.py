@@ -10,9 +10,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import CacheList, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from ..rollback import Tape, Transaction, can_tape, marks
+from ..rollback import (
+    Tape,
+    Transaction,
+    check_entries,
+    has_known_recurrence,
+    prepare_recurrence,
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,12 @@ class Target:
                 f"prompt_cache has {len(self.cache)} entries, expected "
                 f"{self.num_entries} for this model."
             )
-        for entry in self.entries:
-            marks(entry)
+        check_entries(self.entries, model)
         self._call = model.hidden_states if reads_hidden_states else model
         self._project = model.project if reads_hidden_states else None
-        self._can_tape = can_tape(model)
+        self._is_taped = has_known_recurrence(model)
+        if self._is_taped:
+            prepare_recurrence(model)
         self._options = options
 
     @property
@@ -72,20 +79,30 @@ class Target:
         offsets = [getattr(entry, "offset", 0) for entry in _leaves(self.entries)]
         return max(offsets, default=0)
 
-    def forward(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
-        """States of the next tokens, ``[1, num_tokens, hidden]``."""
+    def forward(
+        self,
+        tokens: mx.array,
+        embeddings: mx.array | None = None,
+        entries: list[Any] | None = None,
+    ) -> mx.array:
+        """States of the next tokens, ``[1, num_tokens, hidden]``.
+
+        Args:
+            tokens (mx.array): ``[num_tokens]``.
+            embeddings (mx.array, optional): Read in place of the tokens'.
+            entries (list, optional): Those of a transaction. Default: the cache's own.
+        """
+        cache = self.entries if entries is None else entries
         if embeddings is None:
-            return self._call(tokens[None], cache=self.entries)
-        return self._call(
-            tokens[None], cache=self.entries, input_embeddings=embeddings[None]
-        )
+            return self._call(tokens[None], cache=cache)
+        return self._call(tokens[None], cache=cache, input_embeddings=embeddings[None])
 
     def project(self, states: mx.array) -> mx.array:
         """Logits ``[1, num_tokens, vocab]`` of states."""
         return states if self._project is None else self._project(states)
 
     def transaction(self) -> Transaction:
-        return Transaction(self.entries, Tape() if self._can_tape else None)
+        return Transaction(self.entries, Tape() if self._is_taped else None)
 
     def quantize(self) -> None:
         options, entries = self._options, self.entries
@@ -98,13 +115,12 @@ class Target:
     def max_rows(self) -> float:
         """Rows that one pass may have to compute what as many passes would."""
         num_quantizable = sum(hasattr(entry, "to_quantized") for entry in self.entries)
-        limits = map(_max_rows, _leaves(self.entries))
         if self._options.kv_bits is None or num_quantizable == 0:
-            return min(limits, default=math.inf)
+            return math.inf
         # Plain decoding quantises after the token that reaches the start, so that
         # token is fed alone.
         start = self._options.quantized_kv_start - 1
-        return max(min(start - self.num_tokens, *limits), 1)
+        return max(start - self.num_tokens, 1)
 
 
 def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
@@ -113,10 +129,3 @@ def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
             yield from _leaves(entry.caches)
         else:
             yield entry
-
-
-def _max_rows(entry: Any) -> float:
-    """Once full, a ring that keeps its first tokens drops them for later rows."""
-    if isinstance(entry, RotatingKVCache) and entry.keep > 0:
-        return max(entry.max_size - entry.offset, 1)
-    return math.inf
