@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -91,7 +92,7 @@ class Round:
             logprobs (mx.array): Shape ``[vocab]``.
             states (mx.array, optional): Of the row, ``[1, 1, hidden]``, if known.
         """
-        self.states = self.transaction.run(lambda _: states, 1)
+        self.states = self.transaction.run(lambda *_: states, 1)
         self._rows = [Row(token, mx.array([False]), logprobs)]
         self._packed = token
         self._is_read, self._must_walk = True, False
@@ -148,10 +149,14 @@ class Round:
 
 
 def _forward_rows(
-    target: Target, tokens: mx.array, embeddings: mx.array | None, num_rows: int
+    target: Target,
+    tokens: mx.array,
+    embeddings: mx.array | None,
+    entries: list[Any],
+    num_rows: int,
 ) -> Output:
     rows = None if embeddings is None else embeddings[:num_rows]
-    return target.forward(tokens[:num_rows], rows)
+    return target.forward(tokens[:num_rows], rows, entries)
 
 
 def _num_accepted(rows: list[Row]) -> mx.array:

@@ -11,9 +11,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import CacheList, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from ..rollback import Tape, Transaction, can_tape, marks
+from ..rollback import (
+    Tape,
+    Transaction,
+    check_entries,
+    has_known_recurrence,
+    prepare_recurrence,
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,12 @@ class Target:
                 f"prompt_cache has {len(self.cache)} entries, expected "
                 f"{self.num_entries} for this model."
             )
-        for entry in self.entries:
-            marks(entry)
+        check_entries(self.entries, model)
         self._model = model
         self._shows_states = shows_states
-        self._can_tape = can_tape(model)
+        self._is_taped = has_known_recurrence(model)
+        if self._is_taped:
+            prepare_recurrence(model)
         self._options = options
 
     @property
@@ -101,16 +108,29 @@ class Target:
         offsets = [getattr(entry, "offset", 0) for entry in _leaves(self.entries)]
         return max(offsets, default=0)
 
-    def forward(self, tokens: mx.array, embeddings: mx.array | None = None) -> Output:
-        """Process the next tokens, ``[num_tokens]``, or what replaces them."""
+    def forward(
+        self,
+        tokens: mx.array,
+        embeddings: mx.array | None = None,
+        entries: list[Any] | None = None,
+    ) -> Output:
+        """Process the next tokens, or what replaces them.
+
+        Args:
+            tokens (mx.array): ``[num_tokens]``.
+            embeddings (mx.array, optional): Read in place of the tokens',
+              ``[num_tokens, hidden]``.
+            entries (list, optional): Those of a transaction. Default: the cache's own.
+        """
+        cache = self.entries if entries is None else entries
         options = {} if embeddings is None else {"input_embeddings": embeddings[None]}
         if not self._shows_states:
-            return Output(self._model(tokens[None], cache=self.entries, **options))
-        states = self._model.hidden_states(tokens[None], cache=self.entries, **options)
+            return Output(self._model(tokens[None], cache=cache, **options))
+        states = self._model.hidden_states(tokens[None], cache=cache, **options)
         return Output(states, self._model.project)
 
     def transaction(self) -> Transaction:
-        return Transaction(self.entries, Tape() if self._can_tape else None)
+        return Transaction(self.entries, Tape() if self._is_taped else None)
 
     def quantize(self) -> None:
         options, entries = self._options, self.entries
@@ -123,13 +143,12 @@ class Target:
     def max_rows(self) -> float:
         """The most rows that a pass may have and still equal as many passes of one."""
         num_quantizable = sum(hasattr(entry, "to_quantized") for entry in self.entries)
-        limits = map(_max_rows, _leaves(self.entries))
         if self._options.kv_bits is None or num_quantizable == 0:
-            return min(limits, default=math.inf)
+            return math.inf
         # Plain decoding quantises after the token that reaches the start, so that
         # token is fed alone.
         start = self._options.quantized_kv_start - 1
-        return max(min(start - self.num_tokens, *limits), 1)
+        return max(start - self.num_tokens, 1)
 
 
 def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
@@ -138,10 +157,3 @@ def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
             yield from _leaves(entry.caches)
         else:
             yield entry
-
-
-def _max_rows(entry: Any) -> float:
-    """Once full, a ring that keeps its first tokens drops them for later rows."""
-    if isinstance(entry, RotatingKVCache) and entry.keep > 0:
-        return max(entry.max_size - entry.offset, 1)
-    return math.inf

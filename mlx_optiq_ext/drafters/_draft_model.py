@@ -14,7 +14,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
-from ..rollback import Tape, Transaction, can_tape
+from ..rollback import (
+    Tape,
+    Transaction,
+    has_known_recurrence,
+    prepare_recurrence,
+)
 from ._protocol import Proposal
 
 MAX_PUT_OFF = 64  # tokens that the model is shown together, while nothing is drafted
@@ -67,7 +72,9 @@ class DraftModelSession:
         self._model = model
         self._entries = entries
         self._num_tokens = num_tokens
-        self._can_tape = can_tape(model)
+        self._is_taped = has_known_recurrence(model)
+        if self._is_taped:
+            prepare_recurrence(model)
         self._last_seen = Transaction(entries)
         self._num_last_seen = 0
         self._put_off = mx.zeros(0, mx.uint32)
@@ -106,13 +113,14 @@ class DraftModelSession:
             return
         logits = self._see(self._put_off)
         self._put_off = self._put_off[:0]
-        chain = Transaction(self._entries)
+        chain: list[Transaction] = []
         for position in range(num_draft_tokens):
             if position:
-                logits = self._forward(proposal.tokens[-1])
+                chain.append(Transaction(self._entries))
+                logits = self._run(chain[-1], proposal.tokens[-1])
             proposal.add(logits[:, -1])
-        if num_draft_tokens > 1:
-            chain.keep(0)
+        for transaction in reversed(chain):
+            transaction.keep(0)
 
     def catch_up(self) -> None:
         if self._put_off.size:
@@ -131,9 +139,15 @@ class DraftModelSession:
 
     def _see(self, tokens: mx.array) -> mx.array:
         self._num_last_seen = tokens.size
-        self._last_seen = Transaction(self._entries, Tape() if self._can_tape else None)
-        return self._last_seen.run(
-            lambda num_rows: self._forward(tokens[:num_rows]), tokens.size
+        self._last_seen = Transaction(self._entries, Tape() if self._is_taped else None)
+        logits = self._run(self._last_seen, tokens)
+        self._last_seen.keep(tokens.size)
+        return logits
+
+    def _run(self, transaction: Transaction, tokens: mx.array) -> mx.array:
+        return transaction.run(
+            lambda entries, num_rows: self._model(tokens[None, :num_rows], entries),
+            tokens.size,
         )
 
     def _forward(self, tokens: mx.array) -> mx.array:

@@ -141,6 +141,12 @@ PATCHES: tuple[Patch, ...] = (
         f"{_HERE}.models:gated_delta_update",
         ("q", "k", "v", "a", "b", "state"),
     ),
+    Patch(
+        "mlx_lm.models.base",
+        "scaled_dot_product_attention",
+        f"{_HERE}.models:scaled_dot_product_attention",
+        ("queries", "keys", "values", "cache", "scale", "mask", "sinks"),
+    ),
     *_command_line("generate"),
     *_command_line("chat"),
     *_command_line("benchmark"),
