@@ -44,7 +44,7 @@ from ._host import (
 )
 from ._hub import in_hub_cache
 from ._load import load_head
-from ._locate import has_head, is_head
+from ._locate import has_head
 from ._write import add_sidecar
 
 __all__ = [
@@ -59,7 +59,6 @@ __all__ = [
     "dtype_of_states",
     "has_head",
     "in_hub_cache",
-    "is_head",
     "load_head",
     "may_have_head",
     "quantization_of",

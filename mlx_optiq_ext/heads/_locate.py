@@ -42,7 +42,6 @@ class StoredHead:
         config (dict): The ``config.json`` beside them, empty if there is none.
         is_prefixed (bool): Whether the stored names begin with ``mtp.``.
         is_mlx_format (bool): Whether the files say that an MLX tool wrote them.
-        is_alone (bool): Whether these files hold nothing else.
         trunk_is_raw (bool, optional): Whether the trunk stored with the head has the
           layout of the original checkpoint; None without such a trunk.
     """
@@ -52,7 +51,6 @@ class StoredHead:
     config: dict[str, Any]
     is_prefixed: bool
     is_mlx_format: bool
-    is_alone: bool
     trunk_is_raw: bool | None
 
     def error(self, reason: str) -> SpeculationError:
@@ -108,28 +106,6 @@ def has_head(source: str | Path) -> bool:
         SpeculationError: If there is no such place, or its files cannot be read.
     """
     return search(source)[1] is not None
-
-
-def is_head(source: str | Path) -> bool:
-    """Whether a place on this machine has an MTP head and no model beside it.
-
-    A folder that was written beside a model is such a place, whatever the copy of the
-    model's configuration in it says.
-
-    Args:
-        source (str or Path): A folder or a file.
-
-    Raises:
-        SpeculationError: If the files that should hold a head cannot be read.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        head = search(path)[1]
-        return head is not None and head.is_alone
-    if not (path / _hub.CONFIG).is_file() or any(path.glob("model*.safetensors")):
-        return False
-    head = _search(path)
-    return head is not None and head.is_alone
 
 
 def sidecar_names(config: Mapping[str, Any]) -> list[str]:
@@ -246,7 +222,6 @@ def _stored_head(
         config=config,
         is_prefixed=is_prefixed,
         is_mlx_format=all(loaded[file][1].get("format") == "mlx" for file in holders),
-        is_alone=all(len(loaded[file][0]) == len(holders[file]) for file in holders),
         trunk_is_raw=_trunk_is_raw(with_trunk, holders),
     )
 

@@ -20,8 +20,6 @@ from mlx_optiq_ext.heads import (
     Host,
     MTPHead,
     add_sidecar,
-    has_head,
-    is_head,
     load_head,
     quantization_of,
     quantization_params,
@@ -308,7 +306,3 @@ def test_the_folder_of_the_head_is_a_place_that_a_head_is_read_from(model, origi
     add_sidecar(model, head)
     host = host_of(model)
     assert_same(load_head(model / "optiq", host.args, host.dtype), head)
-    assert has_head(model / "optiq")
-    assert is_head(model / "optiq")
-    assert has_head(model)
-    assert not is_head(model)
