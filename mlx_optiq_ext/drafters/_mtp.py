@@ -1,4 +1,4 @@
-"""Drafting with the multi-token-prediction head of a Qwen3.5 or Qwen3.6 model.
+"""Drafting with the multi-token-prediction head of a Qwen3.5, 3.6 or 3.8 model.
 
 The head reads pairs (state of token p, embedding of token p + 1) and predicts token
 p + 2. Invariant between generations: with N tokens in the target's cache, the head's KV

@@ -15,8 +15,8 @@ from .._options import (
 from ._request import Request, current
 
 MTP_HELP = (
-    "Speculate with the multi-token-prediction head of a Qwen3.5 or Qwen3.6 model. "
-    "PATH names a separate head; by default it is looked for beside the model."
+    "Speculate with the multi-token-prediction head of a Qwen3.5, Qwen3.6 or Qwen3.8 "
+    "model. PATH names a separate head; by default it is looked for beside the model."
 )
 DRAFT_HELP = (
     "Speculate with the assistant of a Gemma-4 model, an MTP head that is stored by "
