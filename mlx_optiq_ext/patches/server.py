@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -263,7 +264,7 @@ def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     _generation.check_generation(tokenizer, arguments, tokenized[0])
     if speculation_of(instance.model_provider.model) is not None:
         check_draft_tokens(arguments)
-    current.set(Request(arguments=arguments))
+    current.set(replace(current.get() or Request(), arguments=arguments))
     return tokenized
 
 
