@@ -6,6 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerFast
 
 from mlx_optiq_ext.serving._errors import APIError
 from mlx_optiq_ext.serving._events import (
@@ -33,6 +36,7 @@ from .written import (
     cut,
     format_of,
     merged,
+    parser_of,
     raw_events,
     read,
 )
@@ -400,29 +404,38 @@ def test_tokens_come_before_the_events_of_their_text() -> None:
     ]
 
 
-def test_text_is_split_as_by_mlx_lm() -> None:
-    from mlx_lm.generate import TextStateMachine, make_text_state_machine
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from transformers import PreTrainedTokenizerFast
+def tokenizer(name: str) -> TokenizerWrapper:
+    """One of a model that writes its calls as one of mlx-lm's parsers reads them."""
+    inner = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER, eos_token="<|im_end|>")
+    parser = parser_of(name)
+    return TokenizerWrapper(
+        inner,
+        tool_call_start=parser.tool_call_start,
+        tool_call_end=parser.tool_call_end,
+        tool_parser=parser.parse_tool_call,
+    )
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=TOKENIZER, eos_token="<|im_end|>"
-    )
-    parser = format_of("json_tools").parser
-    wrapper = TokenizerWrapper(
-        tokenizer,
-        tool_call_start="<tool_call>",
-        tool_call_end="</tool_call>",
-        tool_parser=parser,
-    )
+
+@pytest.mark.skipif(
+    not hasattr(TextStateMachine, "split"), reason="this mlx-lm splits no text"
+)
+def test_text_is_split_as_by_mlx_lm() -> None:
     text = "a<think>b</thin</think>c</think><think>d"
-    state = make_text_state_machine(wrapper).make_state("normal")
-    _, segments = TextStateMachine.split(state, text)
+    machine = make_text_state_machine(tokenizer("json_tools"))
+    _, segments = TextStateMachine.split(machine.make_state("normal"), text)
     kinds = {"normal": Text, "reasoning": Thought}
     expected = [kinds[state](piece) for state, piece in segments if piece]
-    form = ReplyFormat.of(wrapper)
+    form = ReplyFormat.of(tokenizer("json_tools"))
     assert read(cut(text, 3), format=form) == [*expected, End("stop")]
-    assert shown(read([call("f")], format=form)) == [Call("f", {}), End("stop")]
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_tokenizer_tells_how_calls_are_marked(name: str) -> None:
+    form = ReplyFormat.of(tokenizer(name))
+    assert form == format_of(name)
+    reply = WRITERS[name]("f", {"x": "a"})
+    events = shown(read(cut(reply, 3), format=form))
+    assert events == [Call("f", {"x": "a"}), End("stop")]
 
 
 def test_parts_that_a_template_shows_nobody_are_left_out() -> None:

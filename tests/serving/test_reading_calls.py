@@ -199,7 +199,7 @@ def test_a_long_string_is_not_waited_for(name: str) -> None:
     [
         "<function=f><parameter=text>x</parameter></function>",
         "<function=f\n><parameter=text\nx</parameter></function>",
-        "<function=f>hm<parameter=path>y</parameter>\n<parameter=text>x</parameter>"
+        "<function=f> <parameter=path>y</parameter>\n<parameter=text>x</parameter>"
         "</function>",
         "<function=f>\n<parameter=text>\nx\n</parameter>\n",
     ],
@@ -221,6 +221,21 @@ def test_calls_between_the_same_markers_are_calls_of_their_own() -> None:
         form = format_of(name)
         text = f"{form.transitions['normal'][1][0]}{body}{form.call_end}"
         assert calls(read(cut(text, 3), name=name)) == [Call("f", {}), Call("g", {})]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_qwens_first_marker_may_be_forgotten(size: int) -> None:
+    text = as_xml("f", {"text": "x", "number": 1})
+    for call in (text.removeprefix("<tool_call>\n"), text[12:-12]):
+        events = read(cut(f"so {call}", size), name="qwen3_coder", tools=TOOLS)
+        assert events[0] == Text("so ")
+        assert calls(events) == [Call("f", {"text": "x", "number": 1})]
+        assert not [e for e in events[1:] if isinstance(e, Text)]
+    # Without it, only what is complete up to a parameter of a declared tool counts.
+    for prose in ("Write <function=f> first.", text[11:].replace("=f", "=nobody")):
+        events = read(cut(prose, size), name="qwen3_coder", tools=TOOLS)
+        assert events[:-1] == [Text(prose)]
+        assert events[-1].reason == "stop"
 
 
 # Gemma's own notation.

@@ -29,10 +29,12 @@ def parser_of(name: str) -> Any:
 
 def format_of(name: str) -> ReplyFormat:
     parser = parser_of(name)
-    call = (parser.tool_call_start, "tool")
+    starts = [(parser.tool_call_start, "tool")]
+    if name == "qwen3_coder":
+        starts.append(("<function=", "tool"))
     transitions = {
-        "normal": [("<think>", "reasoning"), call],
-        "reasoning": [("</think>", "normal"), call],
+        "normal": [("<think>", "reasoning"), *starts],
+        "reasoning": [("</think>", "normal"), *starts],
     }
     return ReplyFormat(
         transitions, parser.tool_call_end, parser.parse_tool_call, "</think>"

@@ -32,7 +32,7 @@ from .._events import (
     Usage,
 )
 from ._calls import CallReader, NotACallError
-from ._format import ReplyFormat
+from ._format import OPENINGS, ReplyFormat
 from ._schema import Declarations
 from ._source import EndOfText, Source, Steps
 
@@ -183,8 +183,11 @@ class _Reader:
 
     def _calls(self, marker: str) -> Steps[None]:
         """The calls after a marker, which is text if there are none."""
-        calls = self._call_reader()
+        is_part, is_thought = marker in OPENINGS, self.state == "reasoning"
+        calls = self._call_reader(only_declared=is_thought or is_part)
         self._source.mark()
+        if is_part:
+            self._source.back(len(marker))
         try:
             yield from self._each_call(calls)
             return
@@ -214,13 +217,13 @@ class _Reader:
                 source.release()
                 return
 
-    def _call_reader(self) -> CallReader:
+    def _call_reader(self, *, only_declared: bool) -> CallReader:
         is_thought, think_end = self.state == "reasoning", self._format.think_end
         return CallReader(
             self._source,
             self._format.call_end,
             self._tools,
-            only_declared=is_thought,
+            only_declared=only_declared,
             limits=[think_end] if is_thought and think_end else [],
         )
 

@@ -39,10 +39,11 @@ class Source:
         return self._text[self._position :]
 
     def feed(self, text: str) -> None:
-        start = self._position if self._mark is None else self._mark
+        marks = [] if self._mark is None else [self._mark]
+        start = min(self._position, *marks, len(self._text))
         self._text = self._text[start:] + text
         self._position -= start
-        self._mark = None if self._mark is None else 0
+        self._mark = None if self._mark is None else self._mark - start
 
     def close(self) -> None:
         self.is_over = True
