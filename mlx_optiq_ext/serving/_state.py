@@ -19,7 +19,7 @@ class ServerState:
     Args:
         store: Responses that can be asked for again.
         waiting: The queues on which requests that are being served get their reply.
-        metrics: Counters of all requests, None where they cannot be had.
+        metrics: Counters of all requests, None if prometheus-client is missing.
         exchanges: The exchanges for which something is being generated.
     """
 

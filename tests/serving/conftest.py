@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ class ServerProcess:
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent)},
+            preexec_fn=take_interrupts,
         )
         self._wait()
 
@@ -108,6 +110,11 @@ def start_server(
 def server(start_server: Starter) -> ServerProcess:
     """The server that most tests share."""
     return start_server()
+
+
+def take_interrupts() -> None:
+    """Let Ctrl-C reach a process even if the tests run where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -126,6 +126,8 @@ def test_lengths_that_are_none(server: ServerProcess, path: str) -> None:
         found, body = send_raw(server, start + length + b"\r\n{}")
         assert found == status
         assert_error(path, body)
+        if status in (400, 411):
+            assert "Content-Length" in body["error"]["message"]
 
 
 def test_one_length_may_be_said_twice(server: ServerProcess) -> None:
