@@ -55,6 +55,10 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
+
+class CommandServer(Server):
+    """The server of mlx-lm's command, which ends as a program does."""
+
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         try:
             super().serve_forever(poll_interval)
@@ -274,7 +278,7 @@ def response_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     provider = call.arguments["model_provider"]
     # Processes that share a model must keep the same, so theirs is left as it is.
-    if is_command(provider.cli_args) and not provider.is_distributed:
+    if is_command(provider) and not provider.is_distributed:
         # Its thread begins to use the cache at once.
         call.arguments["prompt_cache"] = PromptCache.of(provider.cli_args)
     return wrapped(*call.args, **call.kwargs)
@@ -297,11 +301,13 @@ def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         wrapped(*args, **kwargs)
     except Exception as exc:
         # This is the generation thread: the main one would serve without a model.
-        if not is_command(instance.cli_args):
+        if not is_command(instance):
             raise
         logging.debug("The model could not be loaded", exc_info=exc)
         end_process(f"error: {exc}", 1)
-    if line := describe_recommended(instance.cli_args, instance.model):
+    if is_command(instance) and (
+        line := describe_recommended(instance.cli_args, instance.model)
+    ):
         logging.warning(line)
 
 
@@ -331,16 +337,18 @@ def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def run_http_server(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    call.arguments.setdefault("server_class", Server)
     host = call.arguments["host"]
-    cli_args = call.arguments["response_generator"].cli_args
+    generator = call.arguments["response_generator"]
+    is_ours = is_command(generator.model_provider)
+    call.arguments.setdefault("server_class", CommandServer if is_ours else Server)
+    cli_args = generator.cli_args
     if not is_local(host) and getattr(cli_args, "api_key", None) is None:
         # Not by logging, which may be told to be silent.
         warnings.warn(UNGUARDED.format(host), stacklevel=2)
     try:
         return wrapped(*call.args, **call.kwargs)
     except (OSError, OverflowError) as exc:
-        if not is_command(cli_args):
+        if not is_ours:
             raise
         # The generation thread would keep the process alive.
         port = call.arguments["port"]
@@ -361,9 +369,13 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         module.argparse = argparse
 
 
-def is_command(cli_args: Any) -> bool:
-    """Whether mlx-lm's command runs, and not its parts in some other program."""
-    return getattr(cli_args, "is_command", False)
+def is_command(provider: Any) -> bool:
+    """Whether mlx-lm's command runs, and not its parts in some other program.
+
+    Args:
+        provider (ModelProvider): Other programs have their own, without a command line.
+    """
+    return getattr(getattr(provider, "cli_args", None), "is_command", False)
 
 
 def end_process(line: str, status: int) -> NoReturn:
