@@ -13,7 +13,12 @@ from . import _bootstrap
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._errors import SpeculationError
-    from .decoding import SpeculationStats, spec_generate_step
+    from .decoding import (
+        SequenceOptions,
+        SpeculationStats,
+        SpeculativeBatchGenerator,
+        spec_generate_step,
+    )
     from .drafters import GemmaAssistantDrafter
     from .patches import disable, enable, is_enabled
 
@@ -21,8 +26,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GemmaAssistantDrafter",
+    "SequenceOptions",
     "SpeculationError",
     "SpeculationStats",
+    "SpeculativeBatchGenerator",
     "__version__",
     "disable",
     "enable",
@@ -32,8 +39,10 @@ __all__ = [
 
 _HOMES = {
     "GemmaAssistantDrafter": ".drafters",
+    "SequenceOptions": ".decoding",
     "SpeculationError": "._errors",
     "SpeculationStats": ".decoding",
+    "SpeculativeBatchGenerator": ".decoding",
     "disable": ".patches",
     "enable": ".patches",
     "is_enabled": ".patches",

@@ -25,7 +25,8 @@ class ModelRecord:
         drafter (Any): The drafter that was last loaded for the model.
         drafter_source (str, optional): Where the drafter came from.
         draft_vocabulary (Any): The part of the vocabulary that was last drafted from.
-        round_times (dict): The seconds that rounds take, by what drafts in them.
+        round_times (dict): The seconds that rounds take, by what drafts in them and for
+            about how many sequences.
         served (Any): How a server decodes the model's sequences.
     """
 
@@ -35,7 +36,7 @@ class ModelRecord:
     drafter: Any = None
     drafter_source: str | None = None
     draft_vocabulary: Any = None
-    round_times: dict[str, Any] = field(default_factory=dict)
+    round_times: dict[Any, Any] = field(default_factory=dict)
     served: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -130,6 +130,7 @@ class GuidedDrafter:
 class GuidedSession:
     last_state = None
     num_put_off = 0
+    entries = ()
 
     def __init__(self, drafter: GuidedDrafter, session: Any, prompt_cache: list[Any]):
         self.drafter = drafter

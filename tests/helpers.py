@@ -16,7 +16,7 @@ from mlx_lm.utils import load_model
 
 import mlx_optiq_ext
 from mlx_optiq_ext.decoding import _step
-from mlx_optiq_ext.drafters import Proposal
+from mlx_optiq_ext.drafters import Proposal, SeparateSessions
 
 ORACLE = Path(__file__).parent / "oracle"
 DEMO = Path(mlx_optiq_ext.__file__).parent / "demo_model"
@@ -61,6 +61,9 @@ class ScriptedDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
+    def open_batch(self) -> SeparateSessions:
+        return SeparateSessions()
+
     def open(self, *_: Any) -> ScriptedSession:
         return ScriptedSession(self)
 
@@ -68,6 +71,7 @@ class ScriptedDrafter:
 class ScriptedSession:
     last_state = None
     num_put_off = 0
+    entries = ()
 
     def __init__(self, drafter: ScriptedDrafter):
         self.drafter = drafter
@@ -105,6 +109,9 @@ class ChangingDepth:
 
     def choose(self) -> int:
         return next(self.depths)
+
+    def meet(self, *_: Any) -> None:
+        pass
 
     def observe(self, *_: Any, **__: Any) -> None:
         pass

@@ -1,14 +1,15 @@
 """The speculative decode loop."""
 
-from ._batch import SequenceOptions, SpeculativeBatch
-from ._decoder import Token
+from ._generation import Token
+from ._generator import SpeculativeBatchGenerator
+from ._sequence import SequenceOptions
 from ._statistics import SpeculationStats
 from ._step import spec_generate_step
 
 __all__ = [
     "SequenceOptions",
     "SpeculationStats",
-    "SpeculativeBatch",
+    "SpeculativeBatchGenerator",
     "Token",
     "spec_generate_step",
 ]

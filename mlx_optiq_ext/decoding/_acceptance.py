@@ -132,9 +132,13 @@ class SharedNoise(SpeculativeSampling):
     maximum of log probabilities with Gumbel noise has their distribution.
     """
 
-    def __init__(self, filters: list[Sampler], temperature: float):
+    def __init__(
+        self, filters: list[Sampler], temperature: float, seed: int | None = None
+    ):
         super().__init__(filters, temperature)
-        high, low = mx.random.randint(0, 1 << 31, (2,), mx.uint32).tolist()
+        # Noise of neighbouring seeds would otherwise be the same, one token later.
+        key = None if seed is None else mx.random.key(seed)
+        high, low = mx.random.randint(0, 1 << 31, (2,), mx.uint32, key=key).tolist()
         self._seed = high << 31 | low
 
     def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
@@ -170,20 +174,26 @@ def _match(token: mx.array, draft: DraftToken | None) -> tuple[mx.array, mx.arra
     return token, mx.array([False]) if draft is None else token == draft.token
 
 
-def rule_for(sampler: Sampler | None, is_timed: bool = False) -> AcceptanceRule:
+def rule_for(
+    sampler: Sampler | None, is_timed: bool = False, seed: int | None = None
+) -> AcceptanceRule:
     """The rule with the highest acceptance that is exact for a sampler.
 
     Args:
         sampler (Sampler, optional): As in mlx-lm's ``generate_step``.
         is_timed (bool): Whether the number of drafts depends on the time that they
           take. Then the random numbers used for a token must not depend on it.
+        seed (int, optional): Where these come from, if it is timed. Default: the global
+          generator.
     """
     if sampler is None or sampler is sample_utils.greedy_sampler:
         return Greedy()
     settings = _make_sampler_settings(unguarded(sampler))
     if settings is None or (is_timed and any(map(_draws, settings[0]))):
         return ExactMatch(sampler)
-    return (SharedNoise if is_timed else SpeculativeSampling)(*settings)
+    if is_timed:
+        return SharedNoise(*settings, seed)
+    return SpeculativeSampling(*settings)
 
 
 def _draws(apply_filter: Sampler) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import mlx.nn as nn
@@ -40,14 +40,18 @@ class Depth(Protocol):
         """The depth of the next round."""
         ...
 
+    def meet(self, times: RoundTimes) -> None:
+        """Go on with another number of sequences, whose rounds take other times."""
+        ...
+
     def observe(
-        self, depth: int, num_accepted: int, seconds: float, is_typical: bool
+        self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
         """See what a round of a depth did.
 
         Args:
-            depth (int): Tokens drafted.
-            num_accepted (int): Of these.
+            depth (int): Tokens drafted for each sequence.
+            accepted (Sequence[int]): How many of these were, of each sequence.
             seconds (float): How long it took.
             is_typical (bool): Whether it did nothing else, like others of its depth.
         """
@@ -63,8 +67,11 @@ class FixedDepth:
     def choose(self) -> int:
         return self._depth
 
+    def meet(self, times: RoundTimes) -> None:
+        pass
+
     def observe(
-        self, depth: int, num_accepted: int, seconds: float, is_typical: bool
+        self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
         pass
 
@@ -214,19 +221,27 @@ class AutoDepth:
             self._probes = self._plan_probe(best, speeds) or [best]
         return self._probes.pop()
 
+    def meet(self, times: RoundTimes) -> None:
+        """Go on with another number of sequences, whose rounds take other times."""
+        if times is not self._times:
+            self._times = times
+            self._probes = []
+
     def observe(
-        self, depth: int, num_accepted: int, seconds: float, is_typical: bool
+        self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
         self._num_rounds += 1
         self._last_used[depth] = self._num_rounds
-        self._rates.add(depth, num_accepted)
+        for num_accepted in accepted:
+            self._rates.add(depth, num_accepted)
         self._times.add(depth, seconds if is_typical else None)
         if speeds := self._speeds():
             # An interruption is not the fault of the depth.
             seconds = min(seconds, (2 + depth) / speeds[0])
             self._elapsed += seconds
             if depth != (best := _best(speeds)) or not is_typical:
-                loss = seconds - (1 + num_accepted) / speeds[best]
+                num_tokens = 1 + sum(accepted) / len(accepted)
+                loss = seconds - num_tokens / speeds[best]
                 self._lost = max(self._lost + loss, 0.0)
 
     def _speeds(self) -> list[float]:
@@ -267,5 +282,13 @@ def make_depth(
     """
     if num_draft_tokens != "auto":
         return FixedDepth(num_draft_tokens)
+    return AutoDepth(round_times(model, drafter))
+
+
+def round_times(
+    model: nn.Module, drafter: Drafter, num_sequences: int = 1
+) -> RoundTimes:
+    """What rounds of so many sequences, or about as many, took with a drafter."""
+    size = (num_sequences - 1).bit_length()
     times = record_of(model).round_times
-    return AutoDepth(times.setdefault(drafter.name, RoundTimes()))
+    return times.setdefault((drafter.name, size), RoundTimes())

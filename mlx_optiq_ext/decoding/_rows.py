@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
-from ._acceptance import DraftToken, is_pure, normalized, rule_for
+from ._acceptance import DraftToken, Greedy, is_pure, normalized, rule_for
 
 
 class Row(NamedTuple):
@@ -33,6 +33,7 @@ class Verifier:
         processors (Sequence[LogitsProcessor], optional): Likewise.
         is_timed (bool): Whether the number of drafts depends on the time that they
           take, which must not be seen in the tokens.
+        seed (int, optional): As for ``rule_for``.
     """
 
     def __init__(
@@ -40,13 +41,19 @@ class Verifier:
         sampler: Sampler | None = None,
         processors: Sequence[LogitsProcessor] | None = None,
         is_timed: bool = False,
+        seed: int | None = None,
     ):
-        self.rule = rule_for(sampler, is_timed)
+        self.rule = rule_for(sampler, is_timed, seed)
         self.processors = list(processors or [])
         self.draft_processors = [p for p in self.processors if is_pure(p)]
         self.is_stepwise = self.rule.is_stepwise or (
             self.draft_processors != self.processors
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token is the most probable one of the logits as they are."""
+        return isinstance(self.rule, Greedy) and not self.processors
 
     def rows(self, logits: mx.array, proposal: Proposal) -> Iterator[Row]:
         """Judge the rows of ``logits``, shape ``[1, num_rows, vocab]``, in order."""
@@ -93,11 +100,24 @@ class Proposal:
         logits = _fit(logits, self.vocab_size or logits.shape[-1])
         logits = processed(logits, history, self._verifier.draft_processors)
         index = self.index + len(self.drafts)
-        draft = self._verifier.rule.propose(logits, index)
+        self._append(self._verifier.rule.propose(logits, index))
+
+    def append(self, token: mx.array) -> None:
+        """Take a token, shape ``[1]``, that was drawn already."""
+        self._append(DraftToken(token))
+
+    def _append(self, draft: DraftToken) -> None:
+        history = self.histories[-1]
         self.drafts.append(draft)
         if history is not None:
             history = mx.concatenate([history, draft.token])
         self.histories.append(history)
+
+
+def num_accepted_of(rows: Sequence[Row]) -> mx.array:
+    """How many rows come before the first that is not accepted, shape ``[1]``."""
+    is_accepted = mx.concatenate([row.is_accepted for row in rows])
+    return mx.cumprod(is_accepted.astype(mx.int32)).sum(keepdims=True)
 
 
 def _fit(logits: mx.array, vocab_size: int) -> mx.array:

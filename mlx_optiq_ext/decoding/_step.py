@@ -1,20 +1,10 @@
-"""The speculative decode loop.
-
-A round drafts tokens, verifies them with the target in one forward pass, emits those
-that are accepted and one token of the target's own, and rolls back the rest. The next
-round is under way before the tokens of this one are yielded; a round blocks once.
-
-Words, after vLLM: the token in place of the first rejected draft token is *recovered*;
-the one after a draft that is accepted whole is the *bonus* token.
-
-Invariant: at every yield the target's cache can be brought to hold exactly the prompt
-and the tokens yielded, and it is when the generator ends, for whatever reason.
-"""
+"""One sequence, generated as mlx-lm's ``generate_step`` does it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+from collections.abc import Sequence as Collection
 from typing import Any
 
 import mlx.core as mx
@@ -25,11 +15,14 @@ from mlx_lm.utils import does_model_support_input_embeddings
 
 from .._options import DraftVocab, NumDraftTokens, check_num_draft_tokens
 from ..drafters import Drafter, as_drafter, limit_drafts
-from ._decoder import Decoder, ProgressCallback, Token
 from ._depth import make_depth
+from ._generation import Generation, ProgressCallback, Token
+from ._loop import Loop
+from ._prompts import Prompt
 from ._rows import Verifier
+from ._sequence import Sequence, SequenceOptions
 from ._statistics import SpeculationStats
-from ._target import CacheOptions, Target
+from ._target import CacheOptions
 
 
 def spec_generate_step(
@@ -41,9 +34,10 @@ def spec_generate_step(
     num_draft_tokens: NumDraftTokens = "auto",
     draft_vocab: DraftVocab | None = None,
     stats: SpeculationStats | None = None,
+    seed: int | None = None,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
+    logits_processors: Collection[LogitsProcessor] | None = None,
     max_kv_size: int | None = None,
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
@@ -68,6 +62,8 @@ def spec_generate_step(
           tokens, or those whose ids a file has, one a line or as a JSON list. Default:
           any token.
         stats (SpeculationStats, optional): Counts what happens.
+        seed (int, optional): Decides what is sampled, whatever is drafted. Default: the
+          global generator decides.
 
         The other arguments are those of ``generate_step``. The drafter's own entries
         are appended to ``prompt_cache``.
@@ -86,24 +82,26 @@ def spec_generate_step(
     _check_prompt(prompt, model, input_embeddings)
     drafter = limit_drafts(as_drafter(drafter, model), draft_vocab)
     options = CacheOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
+    sequence_options = SequenceOptions(
+        num_draft_tokens, SpeculationStats() if stats is None else stats, seed
+    )
     with mx.stream(stream):
-        decoder = Decoder(
-            Target(model, drafter.reads_hidden_states, prompt_cache, options),
-            drafter,
-            Verifier(sampler, logits_processors, num_draft_tokens == "auto"),
-            make_depth(num_draft_tokens, model, drafter),
-            max_tokens,
-            SpeculationStats() if stats is None else stats,
+        is_timed = seed is not None or num_draft_tokens == "auto"
+        verifier = Verifier(sampler, logits_processors, is_timed, seed)
+        sequence = Sequence(0, [], verifier, max_tokens, sequence_options)
+        generation = Generation(
+            Prompt(sequence, model, drafter, prompt_cache, options),
+            Loop(model, drafter, make_depth(num_draft_tokens, model, drafter), options),
+            drafter.name,
         )
-        rounds = decoder.rounds(
+        tokens = generation.tokens(
             prompt,
             input_embeddings,
             prefill_step_size,
             prompt_progress_callback or (lambda *_: None),
         )
-        with contextlib.closing(rounds):
-            for current in rounds:
-                yield from decoder.emit(current)
+        with contextlib.closing(tokens):
+            yield from tokens
 
 
 def _check_prompt(

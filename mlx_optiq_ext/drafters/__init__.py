@@ -1,9 +1,15 @@
 """What proposes tokens: the MTP head, an assistant or an ordinary draft model."""
 
 from ._assistant import GemmaAssistantDrafter
+from ._batched import (
+    BatchDraftSession,
+    Committed,
+    Proposals,
+    SeparateSessions,
+    together,
+)
 from ._draft_model import DraftModelDrafter
 from ._mtp import MTPDrafter
-from ._priming import keep_primed
 from ._protocol import Drafter, DraftSession, Proposal
 from ._registry import (
     REGISTRY,
@@ -16,16 +22,20 @@ from ._registry import (
 
 __all__ = [
     "REGISTRY",
+    "BatchDraftSession",
+    "Committed",
     "DraftModelDrafter",
     "DraftSession",
     "Drafter",
     "GemmaAssistantDrafter",
     "MTPDrafter",
     "Proposal",
+    "Proposals",
+    "SeparateSessions",
     "Unbound",
     "as_drafter",
     "check_draft_model",
     "is_draft_model",
-    "keep_primed",
     "limit_drafts",
+    "together",
 ]

@@ -17,6 +17,7 @@ from .._errors import SpeculationError
 from .._record import record_of
 from ..assistants import Assistant, load_assistant
 from ..mixins import SharedKVMixin, attach_shared_kv
+from ._batched import BatchDraftSession
 from ._protocol import Proposal
 
 # Where the query of every draft step is, counted from the position of the last token,
@@ -97,6 +98,10 @@ class GemmaAssistantDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
+    def open_batch(self) -> BatchDraftSession | None:
+        # The assistant reads the target's entries, those of one sequence.
+        return None
+
     def open(
         self,
         prompt_cache: list[Any],
@@ -122,6 +127,7 @@ class AssistantSession:
     """The assistant at work on one sequence."""
 
     num_put_off = 0
+    entries: Sequence[Any] = ()
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from ..rollback import (
     has_known_recurrence,
     prepare_recurrence,
 )
+from ._batched import SeparateSessions
 from ._protocol import Proposal
 
 MAX_PUT_OFF = 64  # tokens that the model is shown together, while nothing is drafted
@@ -40,6 +41,9 @@ class DraftModelDrafter:
 
     def make_cache(self) -> list[Any]:
         return make_prompt_cache(self._model)
+
+    def open_batch(self) -> SeparateSessions:
+        return SeparateSessions()
 
     def open(
         self,
@@ -78,6 +82,10 @@ class DraftModelSession:
         self._last_seen = Transaction(entries)
         self._num_last_seen = 0
         self._put_off = mx.zeros(0, mx.uint32)
+
+    @property
+    def entries(self) -> list[Any]:
+        return self._entries
 
     @property
     def num_put_off(self) -> int:

@@ -20,6 +20,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from .._errors import SpeculationError
 from .._options import DraftVocab
 from ..mixins import MTPMixin
+from ..rollback import Batch
+from ._batched import Committed, Proposals
 from ._draft_vocab import DraftVocabulary
 from ._protocol import Proposal
 
@@ -58,6 +60,9 @@ class MTPDrafter:
 
     def make_cache(self) -> list[Any]:
         return self._model.make_mtp_cache()
+
+    def open_batch(self) -> MTPBatchSession:
+        return MTPBatchSession(self._model, self._vocabulary)
 
     def open(
         self,
@@ -101,6 +106,10 @@ class MTPSession:
         is_fresh = arrays[STATE] is None
         self._num_unseen = num_tokens - (0 if is_fresh else kv_cache.offset + 1)
         self._put_off: list[tuple[mx.array, mx.array]] = []
+
+    @property
+    def entries(self) -> list[Any]:
+        return [self._kv_cache, self._arrays]
 
     @property
     def num_put_off(self) -> int:
@@ -172,6 +181,98 @@ class MTPSession:
 
     def _see(self, embeddings: mx.array, states: mx.array) -> mx.array:
         return self._model.mtp(embeddings, states, cache=self._kv_cache)
+
+
+class MTPBatchSession:
+    """The head at work on several sequences: one run for all of them.
+
+    Their keys and values are together. What else a session has stays with it.
+    """
+
+    def __init__(self, model: MTPMixin, vocabulary: DraftVocabulary | None):
+        self._model = model
+        self._vocabulary = vocabulary
+        self._head = Batch()
+        self._sessions: list[MTPSession] = []
+        self._put_off: list[Committed] = []
+        self._project: Callable[[mx.array], mx.array] | None = None
+
+    def is_behind(self, indices: Sequence[int]) -> bool:
+        return len(self._put_off) > 0
+
+    @property
+    def entries(self) -> list[Any]:
+        return [*self._head.entries, *(session._arrays for session in self._sessions)]
+
+    def join(self, session: MTPSession) -> None:
+        session.catch_up()
+        self.catch_up()
+        self._head.join([session._kv_cache])
+        self._sessions.append(session)
+        self._project = None
+
+    def release(self, index: int) -> MTPSession:
+        self.catch_up()
+        session = self._sessions[index]
+        (session._kv_cache,) = self._head.extract(index)
+        return session
+
+    def filter(self, indices: Sequence[int]) -> None:
+        self.catch_up()
+        self._head.filter(indices)
+        self._sessions = [self._sessions[index] for index in indices]
+        self._project = None
+
+    def draft(
+        self, committed: Committed, num_draft_tokens: list[int], proposals: Proposals
+    ) -> None:
+        if not any(num_draft_tokens):
+            self._put_off.append(committed)
+            if len(self._put_off) == MAX_PUT_OFF:
+                self.catch_up()
+            return
+        self.catch_up()
+        project = self._projection()
+        rows = self._see(committed)
+        last = mx.array([[[max(number - 1, 0)]] for number in committed.num_rows])
+        hidden = mx.take_along_axis(rows, last, axis=1)
+        depth = max(num_draft_tokens)
+        for position in range(depth):
+            if position:
+                hidden = self._run(self._model.embed(proposals.latest), hidden)
+            proposals.add(project(hidden)[:, -1])
+        if depth > 1:
+            self._head.take_back(depth - 1)
+
+    def catch_up(self) -> None:
+        if not self._put_off:
+            return
+        put_off, self._put_off = self._put_off, []
+        for committed in put_off:
+            self._see(committed)
+        mx.async_eval([entry.state for entry in self._head.entries])
+
+    def _see(self, committed: Committed) -> mx.array:
+        """Show the head what was committed; its states of all rows."""
+        assert committed.states is not None
+        states = self._run(self._model.embed(committed.tokens), committed.states)
+        self._head.keep(committed.num_rows)
+        return states
+
+    def _run(self, embeddings: mx.array, states: mx.array) -> mx.array:
+        return self._head.run(
+            lambda entries, _: self._model.mtp(embeddings, states, cache=entries[0]),
+            states.shape[1],
+        )
+
+    def _projection(self) -> Callable[[mx.array], mx.array]:
+        if self._vocabulary is None:
+            return self._model.project
+        if self._project is None:
+            seen = (tokens for session in self._sessions for tokens in session._seen)
+            everything = [token for tokens in seen for token in tokens.tolist()]
+            self._project = self._vocabulary.projection(everything)
+        return self._project
 
 
 def show(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from ._batched import BatchDraftSession
 
 
 class Proposal(Protocol):
@@ -30,6 +33,9 @@ class Proposal(Protocol):
 class DraftSession(Protocol):
     """A drafter at work on one sequence.
 
+    A class that inherits from it has to define ``prefill`` and ``draft``. The others
+    are for a session that keeps something, or puts something off.
+
     Invariant: when a call returns, the session has seen exactly the tokens it was
     given, but for those that it put off; what it computed for tokens that were only
     drafted is undone.
@@ -38,7 +44,12 @@ class DraftSession(Protocol):
     @property
     def num_put_off(self) -> int:
         """How many of the tokens it was given the session has still to process."""
-        ...
+        return 0
+
+    @property
+    def entries(self) -> Sequence[Any]:
+        """What it keeps of the sequence in the prompt cache, behind the target's."""
+        return ()
 
     @property
     def last_state(self) -> mx.array | None:
@@ -46,7 +57,7 @@ class DraftSession(Protocol):
 
         Asked for before the session is shown anything.
         """
-        ...
+        return None
 
     def prefill(
         self,
@@ -88,7 +99,7 @@ class DraftSession(Protocol):
 
     def catch_up(self) -> None:
         """Process the tokens that were put off."""
-        ...
+        return
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
         """Leave the cache entries as if only ``num_tokens`` tokens had been seen.
@@ -98,11 +109,14 @@ class DraftSession(Protocol):
             last_state (mx.array, optional): The state of the last one,
               ``[1, 1, hidden]``; None if generation ended within the prompt.
         """
-        ...
+        return
 
 
 class Drafter(Protocol):
     """Proposes tokens for a target.
+
+    A class that inherits from it has to define the attributes and ``open``. The others
+    are for a drafter that keeps something of a sequence in its prompt cache.
 
     Attributes:
         name (str): The kind of drafter in a word, such as ``"mtp"``; statistics say
@@ -116,7 +130,7 @@ class Drafter(Protocol):
 
     def make_cache(self) -> list[Any]:
         """Empty entries for what the drafter keeps of a sequence, if anything."""
-        ...
+        return []
 
     def open(
         self,
@@ -135,3 +149,9 @@ class Drafter(Protocol):
             tokens (Sequence[int]): These tokens, as far as they are known.
         """
         ...
+
+    def open_batch(self) -> BatchDraftSession | None:
+        """Start on several sequences; None if they must keep entries of their own."""
+        from ._batched import SeparateSessions
+
+        return SeparateSessions()

@@ -19,8 +19,11 @@ class Request:
     Args:
         mtp, draft, num_draft_tokens, draft_vocab: As the arguments of ``generate``.
         stats (SpeculationStats, optional): Counts what happens.
+        seed (int, optional): Decides what is sampled.
         arguments (GenerationArguments, optional): Those of the server's request whose
             sequence is to be admitted next.
+        batch (BatchSpeculation, optional): How the sequences of a batch generator are
+            to be decoded that is made next.
     """
 
     mtp: str | bool | None = None
@@ -28,7 +31,9 @@ class Request:
     num_draft_tokens: NumDraftTokens | None = None
     draft_vocab: int | str | None = None
     stats: Any = None
+    seed: int | None = None
     arguments: Any = None
+    batch: Any = None
 
     @property
     def is_speculative(self) -> bool:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._options import NumDraftTokens, check_num_draft_tokens
-from ..decoding import SpeculationStats, Token, spec_generate_step
+from ..decoding import SequenceOptions, SpeculationStats, Token, spec_generate_step
 from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter, limit_drafts
 from ..mixins import attach_mtp
 from ._request import current
@@ -34,6 +34,7 @@ class Speculation:
         num_draft_tokens (int or str, optional): Default: that of
           ``spec_generate_step``.
         stats (SpeculationStats, optional): Counts what happens.
+        seed (int, optional): Decides what is sampled.
     """
 
     def __init__(
@@ -41,12 +42,21 @@ class Speculation:
         drafter: Drafter,
         num_draft_tokens: NumDraftTokens | None = None,
         stats: SpeculationStats | None = None,
+        seed: int | None = None,
     ):
-        self._settings: dict[str, Any] = {"drafter": drafter}
+        self._settings: dict[str, Any] = {"drafter": drafter, "seed": seed}
         if num_draft_tokens is not None:
             self._settings["num_draft_tokens"] = num_draft_tokens
         self._steps: Generator[Token, None, None] | None = None
         self.stats = stats or SpeculationStats()
+
+    @property
+    def drafter(self) -> Drafter:
+        return self._settings["drafter"]
+
+    @property
+    def num_draft_tokens(self) -> NumDraftTokens:
+        return self._settings.get("num_draft_tokens", "auto")
 
     def carry(self, options: dict[str, Any]) -> None:
         """Move what mlx-lm would drop out of ``options``."""
@@ -74,6 +84,24 @@ class Speculation:
                 yield response
 
 
+class BatchSpeculation:
+    """How the sequences of one call of ``batch_generate`` are decoded.
+
+    Args:
+        speculation (Speculation): What was asked for.
+    """
+
+    def __init__(self, speculation: Speculation):
+        self.drafter = speculation.drafter
+        self.stats: list[SpeculationStats] = []
+        self._num_draft_tokens = speculation.num_draft_tokens
+
+    def sequence_options(self) -> SequenceOptions:
+        """Those of the next sequence."""
+        self.stats.append(SpeculationStats())
+        return SequenceOptions(self._num_draft_tokens, self.stats[-1])
+
+
 def take_request(
     model: nn.Module, options: dict[str, Any]
 ) -> Speculation | nn.Module | None:
@@ -89,10 +117,10 @@ def take_request(
     draft_model = options.get("draft_model")
     if isinstance(draft_model, Speculation):
         return draft_model
-    request, stats = current.get(), None
+    request, stats, seed = current.get(), None, None
     if request is not None and request.is_speculative:
         options |= request.options
-        stats = request.stats
+        stats, seed = request.stats, request.seed
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
     draft_vocab = options.pop("draft_vocab", None)
     if mtp is False:
@@ -111,7 +139,7 @@ def take_request(
         attach_mtp(model, _check_mtp(mtp))
         drafter = MTPDrafter(model)
     drafter = limit_drafts(drafter, draft_vocab)
-    return Speculation(drafter, num_draft_tokens, stats)
+    return Speculation(drafter, num_draft_tokens, stats, seed)
 
 
 def _check_one(requests: Mapping[str, Any]) -> None:

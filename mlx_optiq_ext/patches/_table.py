@@ -83,10 +83,12 @@ def _batching() -> tuple[Patch, ...]:
     wrappers = f"{_HERE}.batching"
     seams: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         ("generate", "BatchGenerator.__init__"): ("batch_generator", ("model",)),
+        ("generate", "batch_generate"): ("batch_generate", ("model", "kwargs")),
         ("generate", "BatchGenerator.insert_segments"): (
             "insert_segments",
             ("segments", "caches"),
         ),
+        ("server", "ResponseGenerator._is_batchable"): ("is_batchable", ("args",)),
         ("server", "ModelProvider._load"): ("load_served", ("draft_model_path",)),
         ("server", "ResponseGenerator._serve_single"): ("serve_single", ("request",)),
     }

@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 from .._record import record_of
-from ._request import Request, current
+from ._request import Request, current, is_plain
 
 
 def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     wrapped(*args, **kwargs)
-    if (served := record_of(instance.model).served) is None:
+    request, served = current.get(), record_of(instance.model).served
+    drafting = None if request is None else request.batch
+    if served is None and drafting is None:
         return
-    from ..decoding import SpeculativeBatch
+    from ..decoding import SpeculativeBatchGenerator
 
-    instance._generation_batch = SpeculativeBatch(
-        instance.model, instance.sampler, served.drafter, served.options
-    )
+    if isinstance(instance, SpeculativeBatchGenerator):
+        return
+    instance.__class__ = SpeculativeBatchGenerator
+    if drafting is not None:
+        instance.speculate_with(drafting.drafter)
+    else:
+        instance.speculate_with(served.drafter)
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     request = current.get()
+    if request is not None and request.batch is not None:
+        uids = wrapped(*args, **kwargs)
+        for uid in uids:
+            instance.set_options(uid, request.batch.sequence_options())
+        return uids
     if request is None or request.arguments is None:
         return wrapped(*args, **kwargs)
     from ..serving._recovery import guard_sequences
+    from ..serving._speculation import options_of
 
     current.set(None)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     guard_sequences(call.arguments, request.arguments)
-    if (served := record_of(instance.model).served) is None:
-        return wrapped(*call.args, **call.kwargs)
-    caches = call.arguments.get("caches") or [None] * len(call.arguments["segments"])
-    call.arguments["caches"] = [
-        served.complete(cache, instance.max_kv_size) for cache in caches
-    ]
     uids = wrapped(*call.args, **call.kwargs)
-    alive = instance._find_uids({*served.uids, *uids})
-    served.admit(uids, request.arguments, alive)
+    if record_of(instance.model).served is not None:
+        for uid in uids:
+            instance.set_options(uid, options_of(request.arguments))
     return uids
+
+
+def batch_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if is_plain((), kwargs) or kwargs.get("draft_model") is not None:
+        return wrapped(*args, **kwargs)
+    from ._speculation import BatchSpeculation, take_request
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    options = call.arguments.setdefault("kwargs", {})
+    found = take_request(call.arguments["model"], options)
+    if found is None:
+        return wrapped(*call.args, **call.kwargs)
+    drafting = BatchSpeculation(found)
+    # The batch generator is made within, where no argument could say so.
+    token = current.set(Request(batch=drafting))
+    try:
+        response = wrapped(*call.args, **call.kwargs)
+    finally:
+        current.reset(token)
+    response.speculation = drafting.stats
+    if call.arguments.get("verbose"):
+        # Beside the lines that mlx-lm prints.
+        for stats in drafting.stats:
+            print(f"[batch_generate] Speculation: {stats}")  # noqa: T201
+    return response
+
+
+def is_batchable(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    (arguments,) = args
+    model = instance.model_provider.model
+    if wrapped(*args, **kwargs) or model is None or record_of(model).served is None:
+        return wrapped(*args, **kwargs)
+    from ..serving._speculation import can_share
+
+    unseeded = dataclasses.replace(arguments, seed=None)
+    return can_share(arguments) and wrapped(unseeded)
 
 
 def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -77,6 +121,7 @@ def serve_single(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         draft=served.drafter,
         num_draft_tokens=options.num_draft_tokens,
         stats=options.stats,
+        seed=options.seed,
     )
     token = current.set(request)
     try:

@@ -80,9 +80,6 @@ class SpeculationParser(argparse.ArgumentParser):
         return getattr(parsed, "draft", None)
 
     def _check(self, parsed: argparse.Namespace) -> None:
-        if getattr(parsed, "batch_size", 1) != 1:
-            flag = "--mtp" if parsed.mtp else "--draft"
-            self.error(f"argument {flag}: needs --batch-size 1")
         if parsed.num_draft_tokens is not None:
             try:
                 check_num_draft_tokens(parsed.num_draft_tokens)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container, Sequence
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
 from .._options import AUTO_AS_NUMBER, MAX_DRAFT_TOKENS
 from .._record import record_of
 from ..decoding import SequenceOptions, SpeculationStats
-from ..drafters import Drafter, MTPDrafter, as_drafter, keep_primed, limit_drafts
+from ..drafters import Drafter, MTPDrafter, as_drafter, limit_drafts
 from ..mixins import attach_mtp
 from ._carried import carried_by
 from ._errors import bad_request
@@ -23,49 +21,11 @@ class ServedSpeculation:
     """How the sequences of one served model are decoded.
 
     Args:
-        model (nn.Module): The target.
         drafter (Drafter): What proposes tokens.
     """
 
-    def __init__(self, model: nn.Module, drafter: Drafter):
-        self._model = model
-        self._by_sequence: dict[int, SequenceOptions] = {}
+    def __init__(self, drafter: Drafter):
         self.drafter = drafter
-
-    @property
-    def uids(self) -> Collection[int]:
-        """The sequences that were admitted and are not known to have ended."""
-        return self._by_sequence.keys()
-
-    def options(self, uid: int) -> SequenceOptions:
-        """Those of a sequence in the batch."""
-        return self._by_sequence[uid]
-
-    def admit(self, uids: Sequence[int], arguments: Any, alive: Container[int]) -> None:
-        """Give sequences the options that a request asks for.
-
-        Args:
-            uids (Sequence[int]): The sequences.
-            arguments (GenerationArguments): Of the request.
-            alive (Container[int]): Those still being decoded; others are forgotten.
-        """
-        known = {uid: o for uid, o in self._by_sequence.items() if uid in alive}
-        self._by_sequence = known | dict.fromkeys(uids, options_of(arguments))
-
-    def complete(
-        self, prompt_cache: list[Any] | None, max_kv_size: int | None
-    ) -> list[Any]:
-        """A prompt cache with the entries of the drafter at its end.
-
-        Args:
-            prompt_cache (list[Any], optional): One that may lack them, because its
-              tokens were decoded plainly. Rows of a batch must have the same entries.
-            max_kv_size (int, optional): Of the entries of a new one.
-        """
-        made = make_prompt_cache(self._model, max_kv_size)
-        entries = made if prompt_cache is None else prompt_cache
-        lacks_own = len(entries) == len(made)
-        return entries + self.drafter.make_cache() if lacks_own else entries
 
 
 def options_of(arguments: Any) -> SequenceOptions:
@@ -76,7 +36,17 @@ def options_of(arguments: Any) -> SequenceOptions:
     """
     number, stats = arguments.num_draft_tokens, SpeculationStats()
     carried_by(arguments).stats = stats
-    return SequenceOptions("auto" if number is AUTO_AS_NUMBER else number, stats)
+    return SequenceOptions(
+        "auto" if number is AUTO_AS_NUMBER else number, stats, arguments.seed
+    )
+
+
+def can_share(arguments: Any) -> bool:
+    """Whether a request with a seed gives the same text in a batch as it gives alone.
+
+    What XTC draws comes from the global generator, which all sequences share.
+    """
+    return arguments.sampling.xtc_probability == 0
 
 
 def speculation_of(model: nn.Module | None) -> ServedSpeculation | None:
@@ -143,8 +113,7 @@ def serve_speculatively(provider: Any) -> None:
             "%s is served without speculation: %s", provider.model_key, error
         )
         return
-    keep_primed(drafter, provider.model)
-    record_of(provider.model).served = ServedSpeculation(provider.model, drafter)
+    record_of(provider.model).served = ServedSpeculation(drafter)
 
 
 def _drafter(model: nn.Module, flags: Any, is_default: bool) -> Drafter:

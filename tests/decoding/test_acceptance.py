@@ -101,7 +101,7 @@ def finish(logprobs: Distribution, settings: dict[str, float]) -> Distribution:
 
 def p_value(tokens: mx.array, expected: Distribution) -> float:
     """Of Pearson's chi-square test; 0 if a token that cannot be drawn was drawn."""
-    counts = np.bincount(np.array(tokens), minlength=VOCAB_SIZE)
+    counts = np.bincount(np.array(tokens), minlength=len(expected))
     if counts[expected == 0].any():
         return 0.0
     counts, expected = counts[expected > 0], expected[expected > 0] * counts.sum()

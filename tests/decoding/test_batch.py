@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from typing import Any
@@ -9,20 +10,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_optiq_ext import SpeculationStats
-from mlx_optiq_ext.decoding import spec_generate_step
-from mlx_optiq_ext.decoding._batch import (
-    ReadableRow,
+from mlx_optiq_ext.decoding import (
     SequenceOptions,
-    SpeculativeBatch,
+    SpeculativeBatchGenerator,
+    spec_generate_step,
 )
-from mlx_optiq_ext.drafters import MTPDrafter, keep_primed
+from mlx_optiq_ext.decoding._batch import ReadableRow
+from mlx_optiq_ext.drafters import MTPDrafter
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
-from mlx_optiq_ext.serving._speculation import ServedSpeculation
+from tests.decoding.test_acceptance import TOLERATED_P_VALUE, exact, p_value
+from tests.drafters.test_draft_vocab import MarkovHead, MarkovTarget
 from tests.helpers import DEMO, assert_same_cache, load_tiny
 
 LENGTHS = (9, 17, 4, 12)
@@ -32,23 +34,17 @@ LENGTHS = (9, 17, 4, 12)
 def model() -> nn.Module:
     model = load_tiny("dense")
     attach_mtp(model)
-    keep_primed(MTPDrafter(model), model)
     return model
 
 
 class Batching:
-    """A batch generator of mlx-lm with a speculative batch in it."""
+    """A batch generator that speculates, and what it generated."""
 
-    def __init__(self, model: nn.Module, num_draft_tokens: int = 2):
+    def __init__(self, model: nn.Module, num_draft_tokens: Any = 2):
         self.model = model
-        self.generator = BatchGenerator(model, prefill_step_size=8)
+        self.generator = SpeculativeBatchGenerator(model, prefill_step_size=8)
+        self.num_draft_tokens = num_draft_tokens
         self.stats: dict[int, SpeculationStats] = defaultdict(SpeculationStats)
-        self.generator._generation_batch = SpeculativeBatch(
-            model,
-            self.generator.sampler,
-            MTPDrafter(model),
-            lambda uid: SequenceOptions(num_draft_tokens, self.stats[uid]),
-        )
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.ends: dict[int, Any] = {}
 
@@ -60,13 +56,11 @@ class Batching:
         **options: Any,
     ) -> int:
         lists = {name: [value] for name, value in options.items()}
-        served = ServedSpeculation(self.model, MTPDrafter(self.model))
         (uid,) = self.generator.insert(
-            [prompt.tolist()],
-            [max_tokens],
-            caches=[served.complete(prompt_cache, None)],
-            **lists,
+            [prompt.tolist()], [max_tokens], caches=[prompt_cache], **lists
         )
+        sequence = SequenceOptions(self.num_draft_tokens, self.stats[uid])
+        self.generator.set_options(uid, sequence)
         return uid
 
     def step(self, num_steps: int = 1) -> None:
@@ -199,8 +193,9 @@ def test_the_head_stays_primed_in_a_batch(model: nn.Module, num_steps: int) -> N
         batching.step(num_steps)
     batching.finish()
     for index, end in batching.ends.items():
-        expected = make_prompt_cache(model) + model.make_mtp_cache()
-        model(mx.array(end.all_tokens)[None], cache=expected)
+        expected = make_prompt_cache(model)
+        everything = mx.array(end.all_tokens)
+        list(spec_generate_step(everything, model, max_tokens=0, prompt_cache=expected))
         kv_cache, arrays = end.prompt_cache[4:]
         assert kv_cache.offset == len(end.all_tokens) - 1
         assert arrays[1].item() == len(end.all_tokens)
@@ -217,7 +212,6 @@ def test_acceptance_after_a_batch_is_that_of_a_primed_head() -> None:
 
     model, tokenizer = mlx_lm.load(str(DEMO))
     attach_mtp(model)
-    keep_primed(MTPDrafter(model), model)
     rates = []
     for others in (0, 2):
         batching = Batching(model, num_draft_tokens=1)
@@ -294,7 +288,6 @@ def test_accepted_tokens_after_a_stop_are_not_kept() -> None:
 
     model, tokenizer = mlx_lm.load(str(DEMO))
     attach_mtp(model)
-    keep_primed(MTPDrafter(model), model)
     prompt = mx.array(tokenizer.encode("def read(path):\n    with open("))
     tokens = [token for token, _ in generate_step(prompt, model, max_tokens=40)]
     for stop in tokens[1:7]:
@@ -323,7 +316,6 @@ def test_what_the_head_keeps_counts_in_the_bytes_of_a_cache(model: nn.Module) ->
     batching = Batching(model)
     batching.add(prompt_of(0), 30)
     batching.step(5)
-    assert batching.generator._generation_batch._solo is not None
     num_bytes = batching.generator.prompt_cache_nbytes
     head, target = _num_bytes(batching.generator._generation_batch.prompt_cache)
     assert num_bytes == head + target
@@ -339,3 +331,131 @@ def _num_bytes(prompt_cache: list[Any]) -> tuple[int, int]:
     """Of the head and of the target."""
     sizes = [entry.nbytes for entry in prompt_cache]
     return sum(sizes[4:]), sum(sizes[:4])
+
+
+def failing_after(num_calls: int) -> Any:
+    """A logits processor or sampler that raises in the end."""
+    calls: list[int] = []
+
+    def fail(*arguments: mx.array) -> mx.array:
+        calls.append(1)
+        if len(calls) > num_calls:
+            raise RuntimeError("broken on purpose")
+        return arguments[-1]
+
+    return fail
+
+
+@pytest.mark.parametrize("num_calls", [0, 1, 5])
+def test_a_processor_that_raises_ends_its_own_sequence(
+    model: nn.Module, num_calls: int
+) -> None:
+    batching = Batching(model)
+    broken = batching.add(
+        prompt_of(0), 30, logits_processors=[failing_after(num_calls)]
+    )
+    others = [batching.add(prompt_of(index), 25) for index in (1, 2)]
+    num_failures = 0
+    while len(batching.ends) < len(others):
+        try:
+            batching.step()
+        except RuntimeError:
+            num_failures += 1
+    assert num_failures == 1
+    assert batching.tokens[broken] == alone(model, 0, 30)[0][:num_calls]
+    assert batching.tokens[others[0]] == alone(model, 1, 25)[0]
+    assert batching.tokens[others[1]] == alone(model, 2, 25)[0]
+
+
+def test_logits_that_are_no_numbers_stay_with_their_sequence(model: nn.Module) -> None:
+    batching = Batching(model)
+
+    def spoil(tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits * mx.nan
+
+    batching.add(prompt_of(0), 20, logits_processors=[spoil])
+    others = [batching.add(prompt_of(index), 25) for index in (1, 2)]
+    batching.finish()
+    for index, uid in enumerate(others, 1):
+        tokens, expected = alone(model, index, 25)
+        assert batching.tokens[uid] == tokens
+        assert_same_cache(expected, batching.ends[uid].prompt_cache[:4])
+
+
+SAMPLERS = {
+    "hot": {"temp": 1.0},
+    "filtered": {"temp": 0.8, "top_p": 0.9, "top_k": 40},
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 3, "auto"])
+def test_a_seed_gives_one_text_whatever_the_company(
+    model: nn.Module, sampler: str, num_draft_tokens: Any
+) -> None:
+    def texts(company: int, number: Any, num_steps: int) -> list[list[int]]:
+        mx.random.seed(company)
+        batching, found = Batching(model, number), []
+        for index in range(3):
+            for _ in range(company):
+                batching.add(prompt_of(3), 12, samplers=make_sampler(temp=1.0))
+            uid = batching.add(
+                prompt_of(index), 20, samplers=make_sampler(**SAMPLERS[sampler])
+            )
+            options = SequenceOptions(number, batching.stats[uid], seed=40 + index)
+            batching.generator.set_options(uid, options)
+            batching.step(num_steps)
+            found.append(uid)
+        batching.finish()
+        return [batching.tokens[uid] for uid in found]
+
+    expected = texts(0, 2, 60)
+    assert len({tuple(text) for text in expected}) == 3
+    assert texts(1, num_draft_tokens, 2) == expected
+    assert texts(2, num_draft_tokens, 0) == expected
+
+
+def test_a_seed_gives_the_text_that_it_gives_without_a_batch(model: nn.Module) -> None:
+    batching = Batching(model, 3)
+    uid = batching.add(prompt_of(0), 20, samplers=make_sampler(temp=1.0))
+    options = SequenceOptions(3, batching.stats[uid], seed=5)
+    batching.generator.set_options(uid, options)
+    batching.add(prompt_of(1), 20)
+    batching.finish()
+    for number in (1, "auto"):
+        steps = spec_generate_step(
+            prompt_of(0),
+            model,
+            num_draft_tokens=number,
+            max_tokens=20,
+            sampler=make_sampler(temp=1.0),
+            seed=5,
+        )
+        assert [token for token, *_ in steps] == batching.tokens[uid]
+
+
+def test_two_sampled_sequences_have_their_joint_distribution() -> None:
+    """Neither takes part in what the other draws, nor do drafts in either."""
+    mx.random.seed(17)
+    target, settings = MarkovTarget(), {"temp": 1.0, "top_p": 0.9}
+    generator = SpeculativeBatchGenerator(
+        target,
+        drafter=MarkovHead(target, kept=[0, 1, 3, 4, 7, 8]),
+        num_draft_tokens=2,
+        max_tokens=4000,
+        sampler=make_sampler(**settings),
+    )
+    generator.insert([[0], [1]])
+    texts: dict[int, list[int]] = {0: [0], 1: [1]}
+    while responses := generator.next_generated():
+        for response in responses:
+            texts[response.uid].append(response.token)
+    steps = list(zip(*texts.values(), strict=True))
+    following = defaultdict(list)
+    for before, after in itertools.pairwise(steps):
+        following[before].append(after[0] * 12 + after[1])
+    common = sorted(following, key=lambda pair: -len(following[pair]))[:3]
+    for pair in common:
+        rows = [exact(target.rows.weight[:, last][None], settings) for last in pair]
+        expected = (rows[0].reshape(12, 1) * rows[1].reshape(1, 12)).flatten()
+        assert p_value(mx.array(following[pair]), expected) > TOLERATED_P_VALUE

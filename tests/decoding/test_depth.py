@@ -82,7 +82,7 @@ def run(
         kept = math.exp(-costs[chosen] / DRIFT_TOKENS)
         slowness = kept * slowness + math.sqrt(1 - kept**2) * machine.gauss(0, drift)
         seen = seconds * math.exp(slowness) + (len(used) in bursts)
-        depth.observe(chosen, num_accepted, seen, is_typical)
+        depth.observe(chosen, [num_accepted], seen, is_typical)
         used.append(chosen)
         total += seconds
         num_emitted += 1 + num_accepted
@@ -232,7 +232,7 @@ def test_one_interruption_does_not_change_the_depth() -> None:
     depth = AutoDepth(RoundTimes())
     costs, rates = COSTS["rows cost little"], RATES["good"]
     run(depth, costs, rates, num_tokens=300)
-    depth.observe(3, 3, 60.0, True)
+    depth.observe(3, [3], 60.0, True)
     _, used = run(depth, costs, rates, num_tokens=60)
     assert max(used[:5]) > 1
 

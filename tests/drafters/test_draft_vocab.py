@@ -16,7 +16,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_optiq_ext import SpeculationError, SpeculationStats, spec_generate_step
-from mlx_optiq_ext.drafters import DraftModelDrafter, MTPDrafter, limit_drafts
+from mlx_optiq_ext.drafters import (
+    Drafter,
+    DraftModelDrafter,
+    DraftSession,
+    MTPDrafter,
+    limit_drafts,
+)
 from mlx_optiq_ext.drafters._draft_vocab import (
     SubsetProjection,
     choose_tokens,
@@ -261,27 +267,19 @@ def one_hot(tokens: mx.array) -> mx.array:
     return (tokens[..., None] == mx.arange(12)).astype(mx.float32)
 
 
-class MarkovHead:
-    name = "markov"
-    num_put_off = 0
+class MarkovHead(Drafter, DraftSession):
     """Drafts with some of the rows of the output layer, as an MTP head does."""
 
+    name = "markov"
     reads_hidden_states = False
 
     def __init__(self, model: MarkovTarget, kept: list[int]):
         self.project = SubsetProjection(model.rows, kept)
 
-    def make_cache(self) -> list[Any]:
-        return []
-
     def open(self, *_: Any) -> MarkovHead:
         return self
 
     def prefill(self, *_: Any) -> None: ...
-
-    def catch_up(self) -> None: ...
-
-    def close(self, *_: Any) -> None: ...
 
     def draft(
         self, tokens: mx.array, states: Any, num_draft_tokens: int, proposal: Any

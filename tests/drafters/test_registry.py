@@ -17,7 +17,9 @@ from mlx_optiq_ext import SpeculationError, SpeculationStats, spec_generate_step
 from mlx_optiq_ext.decoding._rows import Proposal, Verifier
 from mlx_optiq_ext.drafters import (
     REGISTRY,
+    Drafter,
     DraftModelDrafter,
+    DraftSession,
     GemmaAssistantDrafter,
     MTPDrafter,
     as_drafter,
@@ -174,22 +176,16 @@ class PreferLast(nn.Module):
 # A drafter of the reader's own. README shows this class and the line that names it.
 
 
-class RepeatDrafter:
+class RepeatDrafter(Drafter, DraftSession):
     """Proposes what followed the last token where it last occurred."""
 
     name = "repeat"
     reads_hidden_states = False
-    num_put_off = 0
 
     def __init__(self, source):
         self.num_tokens = json.loads((Path(source) / "config.json").read_text())[
             "memory"
         ]
-
-    last_state = None
-
-    def make_cache(self):
-        return []
 
     def open(self, prompt_cache, num_target_entries, num_tokens, tokens=()):
         self.seen = []
@@ -205,12 +201,6 @@ class RepeatDrafter:
             earlier = [i for i, token in enumerate(memory[:-1]) if token == memory[-1]]
             memory.append(memory[earlier[-1] + 1] if earlier else memory[-1])
             proposal.add((mx.arange(proposal.vocab_size) == memory[-1])[None] * 9.0)
-
-    def catch_up(self):
-        pass
-
-    def close(self, num_tokens, last_state):
-        pass
 
 
 def test_a_drafter_is_added_with_a_class_and_a_line(tmp_path, monkeypatch):

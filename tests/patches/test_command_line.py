@@ -93,7 +93,6 @@ def test_a_file_without_token_ids_is_one_clear_line(tmp_path: Path) -> None:
         ("generate", ["--mtp", "--draft-model", "x"], "not allowed with argument"),
         ("generate", ["--mtp", "--num-draft-tokens", "9"], "from 1 to 8, got 9"),
         ("chat", ["--mtp", "--num-draft-tokens", "0"], "from 1 to 8, got 0"),
-        ("benchmark", ["--mtp", "-b", "2"], "needs --batch-size 1"),
         ("generate", ["--draft-vocab", "64"], "needs --mtp"),
         ("chat", ["--mtp", "--draft-vocab", "0"], "positive whole number"),
         ("server", ["--draft", str(DEMO), "--draft-vocab", "9"], "needs --mtp"),

@@ -288,7 +288,6 @@ def without_speeds(output: str) -> str:
         ),
         ("generate", ["--draft", "x", "--num-draft-tokens", "9"], "from 1 to 8, got 9"),
         ("chat", ["--mtp", "--draft", "x"], "argument --mtp: not allowed with"),
-        ("benchmark", ["--draft", "x", "-b", "2"], "--draft: needs --batch-size 1"),
         ("cache_prompt", ["--draft", "x"], "unrecognized arguments: --draft x"),
     ],
 )

@@ -53,6 +53,7 @@ class ScriptedDrafter:
 class ScriptedSession:
     last_state = None
     num_put_off = 0
+    entries = ()
 
     def __init__(self, args: Any, prompt_cache: list[Any]):
         self.args = args
