@@ -1,10 +1,12 @@
 """Taking back what a forward pass did to a cache."""
 
+from ._batch import Batch
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence, recorder
 from ._sharing import own_rows, share_rows
 from ._transaction import Transaction, check_entries
 
 __all__ = [
+    "Batch",
     "Tape",
     "Transaction",
     "check_entries",

@@ -17,6 +17,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 
+from .._errors import SpeculationError
+
 NUM_ROW_INPUTS = 5  # q, k, v, a, b of gated_delta_update have a row for each token
 
 Recorder = Callable[[Any, Any, Any], None]
@@ -55,6 +57,16 @@ class Tape:
     def has_all(self, num_layers: int) -> bool:
         """Whether every layer was recorded; none is while mlx-lm is not patched."""
         return len(self.conv_inputs) == len(self._updates) == num_layers
+
+    def recorded(self, num_layers: int) -> list[tuple[mx.array, tuple[Any, Any, Any]]]:
+        """Of each layer, the input of its convolution, and the call of its recurrence.
+
+        Raises:
+            SpeculationError: If not every layer was recorded.
+        """
+        if not self.has_all(num_layers):
+            raise SpeculationError("Cannot speculate: mlx-lm is not patched.")
+        return list(zip(self.conv_inputs, self._updates, strict=True))
 
     def replay(self, entries: Sequence[ArraysCache], num_rows: int) -> None:
         """Set the recurrent states to those after the first ``num_rows`` rows."""

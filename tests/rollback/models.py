@@ -56,12 +56,11 @@ def tiny_llama(**config: Any) -> nn.Module:
     """With full attention, unless the configuration says otherwise."""
     mx.random.seed(1)
     args = llama.ModelArgs(
-        **SIZES,
         model_type="llama",
         num_hidden_layers=3,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        **config,
+        **(SIZES | config),
     )
     model = llama.Model(args)
     mx.eval(model.parameters())
