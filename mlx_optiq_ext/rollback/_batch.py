@@ -186,10 +186,11 @@ class Batch:
             self.entries = []
             self._offsets.set([])
             return
+        order = mx.array(list(indices))
         for entry in _leaves(self.entries):
-            entry.filter(indices)
+            entry.filter(order)
         most = [self._offsets.most[index] for index in indices]
-        self._offsets.set(most, self._offsets.array[mx.array(list(indices))])
+        self._offsets.set(most, self._offsets.array[order])
 
     @property
     def _states(self) -> list[BatchStates]:

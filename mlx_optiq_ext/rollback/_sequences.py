@@ -161,10 +161,9 @@ class BatchKV:
             entry.offset = num_tokens
         return entry
 
-    def filter(self, indices: Sequence[int]) -> None:
-        self._num_sequences = len(indices)
-        order = mx.array(list(indices))
-        self._arrays = [x[order] for x in self._arrays]
+    def filter(self, indices: mx.array) -> None:
+        self._num_sequences = indices.size
+        self._arrays = [x[indices] for x in self._arrays]
 
     @property
     def _capacity(self) -> int:
@@ -347,9 +346,9 @@ class BatchRing(BatchKV):
         )
         return entry
 
-    def filter(self, indices: Sequence[int]) -> None:
+    def filter(self, indices: mx.array) -> None:
         super().filter(indices)
-        self._joined = [self._joined[index] for index in indices]
+        self._joined = [self._joined[index] for index in indices.tolist()]
 
     def visible(self) -> tuple[mx.array, mx.array, mx.array]:
         num_slots = min(max(self._offsets.most), self.max_size)
@@ -428,9 +427,8 @@ class BatchStates(ArraysCache):
         pairs = zip(self.cache, entry.cache, strict=True)
         self.cache = [x if y is None else mx.concatenate([y, x]) for y, x in pairs]
 
-    def filter(self, indices: Sequence[int]) -> None:
-        order = mx.array(list(indices))
-        self.cache = [None if x is None else x[order] for x in self.cache]
+    def filter(self, indices: mx.array) -> None:
+        self.cache = [None if x is None else x[indices] for x in self.cache]
 
 
 def _refuse(reason: str) -> None:
