@@ -36,9 +36,6 @@ command_line: ContextVar[CommandLineRequest | None] = ContextVar(
     "command_line", default=None
 )
 
-# The arguments of the server's request whose sequence is to be admitted next.
-admission: ContextVar[Any] = ContextVar("admission", default=None)
-
 
 def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether neither the arguments nor the command line mention speculation."""

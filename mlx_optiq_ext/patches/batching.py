@@ -7,8 +7,6 @@ import logging
 import os
 from typing import Any
 
-from ._request import CommandLineRequest, admission, command_line
-
 
 def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     wrapped(*args, **kwargs)
@@ -22,12 +20,12 @@ def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (arguments := admission.get()) is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._recovery import guard_sequences
-
-    admission.set(None)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
+    arguments = getattr(call.arguments["segments"][0], "arguments", None)
+    if arguments is None:
+        return wrapped(*args, **kwargs)
+    from ..serving import guard_sequences
+
     guard_sequences(call.arguments, arguments)
     if (served := _served(instance.model)) is None:
         return wrapped(*call.args, **call.kwargs)
@@ -45,7 +43,7 @@ def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     flags = instance.cli_args
     asks = getattr(flags, "mtp", None) or getattr(flags, "draft", None)
     if asks and instance.draft_model is None:
-        from ..serving._speculation import serve_speculatively
+        from ..serving import serve_speculatively
 
         serve_speculatively(instance)
 
@@ -60,28 +58,6 @@ def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         logging.critical("%s", error)
         logging.shutdown()
         os._exit(1)
-
-
-def serve_single(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (served := _served(instance.model_provider.model)) is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._speculation import options_of
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    *_, arguments = call.arguments["request"]
-    options = options_of(arguments)
-    if options.num_draft_tokens == 0:
-        return wrapped(*args, **kwargs)
-    request = CommandLineRequest(
-        draft=served.drafter,
-        num_draft_tokens=options.num_draft_tokens,
-        stats=options.stats,
-    )
-    token = command_line.set(request)
-    try:
-        return wrapped(*args, **kwargs)
-    finally:
-        command_line.reset(token)
 
 
 def _served(model: Any) -> Any:

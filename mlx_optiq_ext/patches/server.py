@@ -7,7 +7,6 @@ import inspect
 import ipaddress
 import sys
 import warnings
-from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,6 @@ import wrapt
 from .._options import AutoNumber
 from .command_line import SpeculationParser, add_flags
 
-NO_MODEL = "there is no default model: start the server with --model, or name one"
 RECOMMENDED_HELP = (
     "Sample as the model's generation_config.json recommends, penalties included, "
     "where neither a request nor --temp, --top-p, --top-k or --min-p says otherwise. "
@@ -30,16 +28,6 @@ SAMPLING_FLAGS = {
     "min_p": "min_p",
 }
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
-
-
-class Server(ThreadingHTTPServer):
-    """A server to which many may connect at once, and go without a traceback."""
-
-    request_queue_size = 128
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
-            super().handle_error(request, client_address)
 
 
 class ServerParser(SpeculationParser):
@@ -108,145 +96,25 @@ def _settle_sampling(parsed: argparse.Namespace, defaults: dict[str, Any]) -> No
 FLAGS = (add_serving_flags, add_flags)
 
 
-def parse_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._routes import serve
-
-    if wrapped(*args, **kwargs):
-        serve(instance)
-    # The request is answered, with an error or without: there is nothing left to do.
-    return False
-
-
-def handle(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import IDLE_TIMEOUT
-
-    instance.connection.settimeout(IDLE_TIMEOUT)
-    return wrapped(*args, **kwargs)
-
-
-def send_error(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._malformed import send_malformed
+def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Serve with our classes in the places of mlx-lm's."""
+    from ._classes import serve
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    send_malformed(instance, call.arguments["code"], call.arguments.get("message"))
+    host, port, provider = call.args[:3]
+    if not is_local(host) and getattr(provider.cli_args, "api_key", None) is None:
+        # Not by logging, which may be told to be silent.
+        warnings.warn(UNGUARDED.format(host), stacklevel=2)
+    serve(host, port, provider)
 
 
-def log_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current
+def logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    processors = wrapped(*args, **kwargs)
+    if not getattr(args[0], "is_single", False):
+        return processors
+    from ..serving import with_cached_tokens
 
-    if (exchange := current.get()) is not None:
-        call = inspect.signature(wrapped).bind(*args, **kwargs)
-        exchange.measured.status = int(call.arguments["code"])
-    return wrapped(*args, **kwargs)
-
-
-def set_completion_headers(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current
-    from ..serving._routes import UpstreamError
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    exchange = current.get()
-    is_error = call.arguments.get("status_code", 200) >= 400
-    if not is_error or exchange is None or not exchange.translates_errors:
-        return wrapped(*args, **kwargs)
-    raise UpstreamError from sys.exception()
-
-
-def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._errors import APIError
-    from ..serving._exchange import current
-    from ..serving._models import DEFAULT_MODEL, loadable_name
-    from ..serving._sampling import note_given
-    from ..serving._state import state_of
-
-    exchange = current.get()
-    if exchange is None:
-        return wrapped(*args, **kwargs)
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    model = call.arguments["generation_args"].model
-    model.model = loadable_name(model.model, instance.cli_args)
-    defaults = getattr(instance.model_provider, "_model_map", {})
-    if model.model == DEFAULT_MODEL and defaults.get(DEFAULT_MODEL, "") is None:
-        raise APIError(404, NO_MODEL, param="model", code="model_not_found")
-    exchange.arguments = call.arguments["generation_args"]
-    chat = getattr(call.arguments["request"], "chat", None)
-    body = exchange.handler.body if chat is None else chat.body
-    note_given(exchange.arguments, body, instance.cli_args)
-    exchange.context, responses = wrapped(*args, **kwargs)
-    state_of(instance).exchanges.add(exchange)
-    return exchange.context, exchange.measured.count(responses)
-
-
-def await_response(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import WatchedQueue, current
-
-    exchange = current.get()
-    if exchange is None:
-        return wrapped(*args, **kwargs)
-    queue = args[0] if args else kwargs["response_queue"]
-    return wrapped(WatchedQueue(queue, exchange))
-
-
-def next_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._recovery import admit
-
-    return admit(instance, wrapped(*args, **kwargs))
-
-
-def generation_loop(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._recovery import run_again
-
-    return run_again(instance, wrapped)
-
-
-def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving import _generation
-    from ..serving._sampling import recommend
-    from ..serving._speculation import check_draft_tokens, speculation_of
-    from ._request import admission
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    tokenizer, request, arguments = call.args
-    recommend(arguments, instance.model_provider.model)
-    is_ours = isinstance(request, _generation.ChatRequest)
-    if is_ours:
-        _generation.check_request(instance, tokenizer, request)
-    tokenized = wrapped(*args, **kwargs)
-    if is_ours:
-        tokenized = _generation.finish_prompt(
-            instance, tokenizer, request, arguments, tokenized
-        )
-    _generation.check_generation(tokenizer, arguments, tokenized[0])
-    if speculation_of(instance.model_provider.model) is not None:
-        check_draft_tokens(arguments)
-    admission.set(arguments)
-    return tokenized
-
-
-def fetch_nearest_cache(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    tokens = call.arguments["tokens"]
-    cache, rest = wrapped(*args, **kwargs)
-    if rest or not tokens:
-        return cache, rest
-    # A prompt that is all in the cache leaves no token to go on from: mlx-lm's thread
-    # would die of it.
-    call.arguments["tokens"] = tokens[:-1]
-    cache, rest = wrapped(*call.args, **call.kwargs)
-    return cache, [*rest, tokens[-1]]
-
-
-def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current
-
-    response = wrapped(*args, **kwargs)
-    exchange = current.get()
-    stats = getattr(exchange and exchange.arguments, "speculation", None)
-    if stats is not None:
-        from ..serving._speculation import add_counts
-
-        add_counts(response, stats)
-    return response
+    return with_cached_tokens(processors, args[0])
 
 
 def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -257,17 +125,6 @@ def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     except CacheNotFound:
         return SimpleNamespace(repos=frozenset())
-
-
-def run_http_server(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    call.arguments.setdefault("server_class", Server)
-    host = call.arguments["host"]
-    cli_args = call.arguments["response_generator"].cli_args
-    if not is_local(host) and getattr(cli_args, "api_key", None) is None:
-        # Not by logging, which may be told to be silent.
-        warnings.warn(UNGUARDED.format(host), stacklevel=2)
-    return wrapped(*call.args, **call.kwargs)
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

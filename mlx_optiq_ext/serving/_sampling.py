@@ -13,32 +13,31 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def note_given(arguments: Any, body: dict[str, Any], cli_args: Any) -> None:
-    """Remember with a request what it or the command line asks for.
+def given_fields(body: dict[str, Any], cli_args: Any) -> Collection[str] | None:
+    """What a request or the command line asks for, None if nothing is recommended.
 
     Args:
-        arguments (GenerationArguments): Of the request.
         body (dict): Of the request.
         cli_args (Namespace): With the sampling flags that were given.
     """
-    if getattr(cli_args, "recommended_sampling", False):
-        names = {name for name, value in body.items() if value is not None}
-        arguments.given = names | cli_args.given_sampling
+    if not getattr(cli_args, "recommended_sampling", False):
+        return None
+    names = {name for name, value in body.items() if value is not None}
+    return names | cli_args.given_sampling
 
 
 def recommend(arguments: Any, model: Any) -> None:
     """Fill in what a model recommends where nobody asked for anything.
 
     Args:
-        arguments (GenerationArguments): Of a request; changed in place.
+        arguments (Arguments): Of a request; changed in place.
         model (nn.Module): That the request is for.
     """
-    given: Collection[str] | None = getattr(arguments, "given", None)
     source = getattr(model, "_mtp_source", None)
-    if given is None or source is None:
+    if arguments.given is None or source is None:
         return
     for name, value in read_recommended(Path(source)).items():
-        if name not in given:
+        if name not in arguments.given:
             owner = arguments.sampling if name in SAMPLING else arguments.logits
             setattr(owner, name, value)
 

@@ -4,9 +4,9 @@ import logging
 from typing import Any
 
 import pytest
+from mlx_optiq_ext.serving._chat import Chat
 
 from mlx_optiq_ext.serving._anthropic import read_request
-from mlx_optiq_ext.serving._chat import Chat
 from mlx_optiq_ext.serving._errors import APIError
 
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object"}}
