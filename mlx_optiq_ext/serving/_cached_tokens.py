@@ -31,8 +31,12 @@ def with_cached_tokens(
     )
 
     def cached() -> mx.array:
+        # There is no context yet when a generation is only tried.
         context = arguments.inbox.context
-        return mx.array(context.prompt[: context.prompt_cache_count][-num_seen:])
+        num_cached = 0 if context is None else context.prompt_cache_count
+        first = max(num_cached - num_seen, 0)
+        tokens = context.prompt[first:num_cached] if num_cached else []
+        return mx.array(tokens, mx.int32)
 
     return [_preceded(processor, cached) for processor in processors]
 

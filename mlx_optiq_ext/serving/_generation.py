@@ -85,6 +85,7 @@ class Sequence:
         self.arguments = arguments
         self.inbox = Inbox()
         self._exchange = exchange
+        self._check_thread()
         exchange.sequences.append(self)
         exchange.generator.requests.put((self.inbox, request, arguments))
 
@@ -132,8 +133,11 @@ class Sequence:
             else:
                 self._exchange.check()
                 return item
-            if not self._exchange.generator.generation_available():
-                raise RuntimeError("generation thread died")
+            self._check_thread()
+
+    def _check_thread(self) -> None:
+        if not self._exchange.generator.generation_available():
+            raise RuntimeError("the generation thread died")
 
 
 class Generation:
