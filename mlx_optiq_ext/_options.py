@@ -12,8 +12,12 @@ MAX_DRAFT_TOKENS = 8
 NumDraftTokens = int | Literal["auto"]
 
 
-class AutoNumber(int):
-    """Stands for ``"auto"`` where mlx-lm insists on a number."""
+class _Auto(int):
+    """A whole number that is told from others by its identity."""
+
+
+# Means "auto" where mlx-lm insists on a whole number of at least 1.
+AUTO_AS_NUMBER = _Auto(1)
 
 
 def check_num_draft_tokens(num_draft_tokens: Any) -> None:

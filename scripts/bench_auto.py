@@ -34,6 +34,7 @@ from engine.models import make_drafter, make_model
 from engine.options import Subject, subject_options
 
 from mlx_optiq_ext._costs import filled_cache
+from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.cli._machine import describe_machine
 
 COLUMNS = ("dialled", "plain tok/s", "depth 1", "auto", "calls by depth under auto")
@@ -105,8 +106,7 @@ def _in_turns(start: Start, num_tokens: int, drafter: Any) -> tuple[Run, Run, Ru
 
 
 def _forget_times(model: nn.Module) -> None:
-    if hasattr(model, "_round_times"):
-        object.__delattr__(model, "_round_times")
+    record_of(model).round_times.clear()
 
 
 def _result(acceptance: float, runs: list[tuple[Run, Run, Run]]) -> Result:

@@ -91,9 +91,10 @@ def recommended_sampler(model: Any) -> Any:
     """The sampler of a model's ``generation_config.json``; greedy if it has none."""
     from mlx_lm.sample_utils import make_sampler
 
+    from mlx_optiq_ext._record import record_of
     from mlx_optiq_ext.serving._sampling import SAMPLING, read_recommended
 
-    found = read_recommended(Path(model._mtp_source))
+    found = read_recommended(record_of(model).source)
     settings = {name: found[name] for name in SAMPLING if name in found}
     return make_sampler(temp=settings.pop("temperature", 0.0), **settings)
 

@@ -75,7 +75,7 @@ prompt = (words * ({num_tokens} // len(words) + 1))[:{num_tokens}]
 *_, last = stream_generate(model, tokenizer, prompt[:8], max_tokens=8, **{options})
 mx.reset_peak_memory()
 *_, last = stream_generate(model, tokenizer, prompt, max_tokens=32, **{options})
-head = getattr(model, "_mtp", None)
+head = getattr(model, "mtp", None)
 size = tree_reduce(lambda n, x: n + x.nbytes, head.parameters(), 0) if head else 0
 print([last.prompt_tps, (mx.get_peak_memory() - size) / 1e6])
 """

@@ -111,7 +111,9 @@ def ask(served: Served, path: str, body: dict[str, Any]) -> Said:
 
 def read_reply(status: int, events: list[dict[str, Any]]) -> Said:
     choices = [choice for event in events for choice in event.get("choices", [])]
-    usage = next((event["usage"] for event in events if "usage" in event), {})
+    usage: dict[str, int] = next(
+        (event["usage"] for event in events if "usage" in event), {}
+    )
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     return Said(
         status,

@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from runpy import run_path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSIONS = ("0.32.0", "0.32.1", "0.32.2")
+# Only the file is run, as this interpreter need not have what the package imports.
+VERSIONS = run_path(str(ROOT / "mlx_optiq_ext/patches/_versions.py"))["SUPPORTED"]
 
 
 class Outcome(NamedTuple):

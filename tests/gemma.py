@@ -100,6 +100,7 @@ class GuidedDrafter:
             number of tokens emitted so far, before each draft.
     """
 
+    name = "guided"
     reads_hidden_states = True
 
     def __init__(
@@ -121,15 +122,14 @@ class GuidedDrafter:
         self.bound = self.drafter.bind(model)
         return self
 
-    def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
-    ) -> GuidedSession:
-        session = self.bound.open(prompt_cache, num_target_entries, num_tokens)
+    def open(self, prompt_cache: list[Any], *args: Any) -> GuidedSession:
+        session = self.bound.open(prompt_cache, *args)
         return GuidedSession(self, session, prompt_cache)
 
 
 class GuidedSession:
     last_state = None
+    num_put_off = 0
 
     def __init__(self, drafter: GuidedDrafter, session: Any, prompt_cache: list[Any]):
         self.drafter = drafter
@@ -147,6 +147,9 @@ class GuidedSession:
         self.drafter.watch(self.drafter.model, self.prompt_cache, self.num_seen)
         guided = GuidedProposal(self.drafter, proposal, self.num_seen)
         self.session.draft(tokens, states, num_draft_tokens, guided)
+
+    def catch_up(self) -> None:
+        self.session.catch_up()
 
     def close(self, *args: Any) -> None:
         self.session.close(*args)

@@ -11,7 +11,7 @@ from unittest import mock
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, RotatingKVCache
+from mlx_lm.models.cache import CacheList
 from mlx_lm.utils import load_model
 
 import mlx_optiq_ext
@@ -48,6 +48,7 @@ class ScriptedDrafter:
         is_right (Callable): Whether the draft for a position of the script is right.
     """
 
+    name = "scripted"
     reads_hidden_states = False
 
     def __init__(
@@ -60,14 +61,13 @@ class ScriptedDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
-    def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
-    ) -> ScriptedSession:
+    def open(self, *_: Any) -> ScriptedSession:
         return ScriptedSession(self)
 
 
 class ScriptedSession:
     last_state = None
+    num_put_off = 0
 
     def __init__(self, drafter: ScriptedDrafter):
         self.drafter = drafter
@@ -89,6 +89,9 @@ class ScriptedSession:
         if not drafter.is_right(position):
             token = (token + 1) % drafter.vocab_size
         return mx.where(mx.arange(drafter.vocab_size) == token, 30.0, 0.0)[None]
+
+    def catch_up(self) -> None:
+        pass
 
     def close(self, num_tokens: int, last_state: Any) -> None:
         pass
@@ -124,12 +127,9 @@ def often_right(position: int) -> bool:
 
 
 def contents(entry: Any) -> list[mx.array]:
-    """The arrays that a cache entry holds, in the order of the tokens."""
+    """The arrays that a cache entry holds, in the order that it has them in."""
     if isinstance(entry, CacheList):
         return [array for inner in entry.caches for array in contents(inner)]
-    if isinstance(entry, RotatingKVCache):
-        kept = [entry._temporal_order(array) for array in (entry.keys, entry.values)]
-        return [array[..., -entry.max_size + 1 :, :] for array in kept]
     if hasattr(entry, "keys_and_values"):
         return [array for _, array in tree_flatten(entry.keys_and_values())]
     return list(entry.cache)
@@ -138,7 +138,8 @@ def contents(entry: Any) -> list[mx.array]:
 def assert_same_cache(expected: list[Any], found: list[Any]) -> None:
     for index, (one, other) in enumerate(zip(expected, found, strict=True)):
         assert type(one) is type(other)
-        assert getattr(one, "offset", None) == getattr(other, "offset", None)
+        for name in ("offset", "_idx", "group_size", "bits", "start_position"):
+            assert getattr(one, name, None) == getattr(other, name, None), name
         pairs = zip(contents(one), contents(other), strict=True)
         assert all(mx.array_equal(a, b).item() for a, b in pairs), f"entry {index}"
 

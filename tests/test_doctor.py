@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,57 @@ def test_what_the_doctor_says_to_do_helps(lost, tmp_path):
     assert code == 0
     assert report["drafter"]["quantization"] == {"4-bit affine, group size 64": 7}
     assert report["drafter"]["norms"] == "absolute"
+
+
+def test_commands_that_are_suggested_can_be_pasted(lost, tmp_path):
+    folder = shutil.copytree(lost, tmp_path / "it's my model")
+    _, report = doctor(folder)
+    *_, command = report["to_do"].partition("mlx-optiq-ext ")
+    assert shlex.split(command)[-1] == str(folder)
+
+
+def damaged(model: Path, size: int) -> None:
+    file = model / "optiq" / "mtp.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def wrong(model: Path, _: int) -> None:
+    file = str(model / "optiq" / "mtp.safetensors")
+    tensors = mx.load(file)
+    mx.eval(list(tensors.values()))
+    tensors["mtp.norm.weight"] = mx.ones((3,))
+    mx.save_safetensors(file, tensors, {"format": "mlx"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(damaged, "not a complete safetensors file"), (wrong, "[3] in place of [128]")],
+)
+def test_no_conversion_is_blamed_for_a_head_that_is_there(tmp_path, spoil, reason):
+    folder = tmp_path / "model"
+    mlx_lm.convert(str(DEMO), str(folder), quantize=True)
+    spoil(folder, 1000)
+    code, report = doctor(folder)
+    assert code == 1
+    assert reason in report["problem"]
+    assert report["to_do"].startswith("To put another head in its place: ")
+    *_, command = report["to_do"].partition("mlx-optiq-ext ")
+    arguments = shlex.split(command.replace("ORIGINAL", str(DEMO)))
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert doctor(folder)[0] == 0
+
+
+def test_no_conversion_is_blamed_for_a_head_from_elsewhere(lost, tmp_path):
+    for name, content in (("broken", b"head"), ("empty", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        if content is not None:
+            (folder / "mtp.safetensors").write_bytes(content)
+        code, report = doctor(lost, "--mtp", folder)
+        assert code == 1
+        assert str(folder) in report["problem"]
+        assert report["to_do"] is None
 
 
 def test_a_head_from_elsewhere_is_examined(lost):

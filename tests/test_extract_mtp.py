@@ -171,3 +171,35 @@ def test_of_a_repository_only_the_shards_with_the_head_are_fetched(
     assert code == 0, output
     assert hub.downloads() == {"config.json", INDEX, "model-00002-of-00002.safetensors"}
     assert_same(head_of(lost), head_of(place / "kept"))
+
+
+def test_a_head_that_is_damaged_or_anothers_is_refused(place, lost, tmp_path):
+    before = contents(lost)
+    damaged = shutil.copytree(place / "original", tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    tensors = mx.load(str(file))
+    mx.eval(list(tensors.values()))
+    tensors["mtp.fc.weight"] = tensors["mtp.fc.weight"] * mx.nan
+    mx.save_safetensors(str(file), tensors)
+    other = shutil.copytree(place / "original", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 512
+    (other / "config.json").write_text(json.dumps(config))
+    for source, reason in (
+        (damaged, "not finite numbers: fc.weight"),
+        (other, "vocab_size of 512"),
+    ):
+        code, output = extract(source, "--into", lost)
+        assert code == 1
+        assert output.startswith("Error: Cannot speculate")
+        assert reason in output
+    assert contents(lost) == before
+
+
+def test_commands_that_are_suggested_can_be_pasted(place, tmp_path):
+    folder = shutil.copytree(place / "lost", tmp_path / "my model")
+    code, output = extract(place / "original", "--into", folder)
+    assert code == 0
+    assert f"mlx-optiq-ext doctor '{folder}'" in output
+    _, output = extract("my head", "--into", "nowhere")
+    assert "--mtp 'my head'" in output

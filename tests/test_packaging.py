@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import os
 import shutil
@@ -16,6 +17,7 @@ from runpy import run_path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.patches import SUPPORTED
@@ -116,28 +118,58 @@ def test_the_metadata_names_the_installed_version():
     assert metadata.version("mlx-optiq-ext") == __version__
 
 
-def test_the_metadata_and_the_patch_table_support_the_same_mlx_lm():
-    requirements = map(Requirement, metadata.requires("mlx-optiq-ext"))
-    (required,) = (
-        requirement.specifier
-        for requirement in requirements
-        if requirement.name == "mlx-lm" and requirement.marker is None
-    )
-    assert required == SpecifierSet(SUPPORTED)
-
-
-def test_the_versions_that_are_tested_are_supported():
-    versions = run_path(str(ROOT / "scripts" / "test_versions.py"))["VERSIONS"]
-    assert versions
-    assert all(SpecifierSet(SUPPORTED).contains(version) for version in versions)
-
-
-def test_what_is_needed_at_run_time_is_four_packages():
-    requirements = map(Requirement, metadata.requires("mlx-optiq-ext"))
-    needed = {
-        requirement.name for requirement in requirements if requirement.marker is None
+def requirements(extra: str | None = None) -> dict[str, SpecifierSet]:
+    """What the metadata requires, by the name of the distribution."""
+    declared = map(Requirement, metadata.requires("mlx-optiq-ext"))
+    return {
+        canonicalize_name(requirement.name): requirement.specifier
+        for requirement in declared
+        if (requirement.marker is None) == (extra is None)
+        and (extra is None or requirement.marker.evaluate({"extra": extra}))
     }
-    assert needed == {"click", "mlx", "mlx-lm", "wrapt"}
+
+
+def test_the_metadata_and_the_patch_table_support_the_same_mlx_lm():
+    required = requirements()["mlx-lm"]
+    assert required == SpecifierSet(f">={SUPPORTED[0]},<={SUPPORTED[-1]}")
+    assert all(version in required for version in SUPPORTED)
+    assert not any(f"{SUPPORTED[-1]}{more}" in required for more in (".1", ".post1"))
+
+
+def test_the_versions_that_are_tested_are_those_that_are_supported():
+    versions = run_path(str(ROOT / "scripts" / "test_versions.py"))["VERSIONS"]
+    assert versions == SUPPORTED
+
+
+def test_what_is_needed_at_run_time_is_what_mlx_lm_needs_and_two_packages():
+    # mlx-lm itself imports huggingface_hub, which transformers brings to it.
+    own = {"click", "wrapt"}
+    assert set(requirements()) == own | {"huggingface-hub", "mlx", "mlx-lm"}
+
+
+def imported_packages() -> set[str]:
+    """The top-level packages that the modules of this package import."""
+    found = set()
+    for file in (ROOT / "mlx_optiq_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").partition(".")[0])
+    return found - {"mlx_optiq_ext"} - sys.stdlib_module_names
+
+
+def test_every_package_that_is_imported_is_declared():
+    homes = metadata.packages_distributions()
+    # Several distributions have parts of the package mlx.
+    imported = {
+        name: set(map(canonicalize_name, homes[name])) for name in imported_packages()
+    }
+    extras = metadata.metadata("mlx-optiq-ext").get_all("Provides-Extra")
+    optional = [requirements(e).keys() for e in extras if e not in ("dev", "test")]
+    declared = requirements().keys() | set().union(*optional)
+    assert {name for name, found in imported.items() if not found & declared} == set()
+    assert "mlx" in imported
 
 
 @pytest.mark.parametrize("extra", ["cpu", "cuda12", "cuda13"])

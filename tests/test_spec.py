@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model, load_tokenizer
 
 import mlx_optiq_ext
+from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.spec import (
     GemmaAssistantDrafter,
     SpecConfig,
@@ -121,7 +122,7 @@ def test_bytes_that_are_cut_off_come_with_the_last_token():
 def test_any_end_of_text_ends_it(parts):
     target, drafter, tokenizer = parts
     tokens = [r.token for r in plain(parts, PROMPT, 20)]
-    tokenizer = load_tokenizer(target._mtp_source, eos_token_ids=[1, tokens[7]])
+    tokenizer = load_tokenizer(record_of(target).source, eos_token_ids=[1, tokens[7]])
     num_before = tokens.index(tokens[7])
     *events, last = spec_generate(target, drafter, tokenizer, PROMPT)
     assert [e.token_id for e in events] == tokens[: num_before + 1]

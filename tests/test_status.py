@@ -14,7 +14,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_optiq_ext import __version__
-from mlx_optiq_ext.cli import _backend
+from mlx_optiq_ext.cli import _backend, _exactness
+from mlx_optiq_ext.cli._exactness import MAX_ROWS, num_exact_rows
 from mlx_optiq_ext.cli._start_up import START_UP_FILE, Observation, explain, is_hidden
 from mlx_optiq_ext.cli.status import render
 from mlx_optiq_ext.patches import _table
@@ -45,9 +46,12 @@ def report() -> dict:
             "name": "cpu",
             "device": "abacus",
             "row_exact": True,
-            "exact_rows": {"float32": 8, "4-bit": 8},
-            "max_rows": 8,
-            "sizes": [[2, 3]],
+            "exact_rows": {
+                "linear layers, 4-bit": 9,
+                "attention, head size 256": 9,
+                "recurrence": 9,
+            },
+            "max_rows": 9,
         },
     }
 
@@ -76,9 +80,8 @@ def test_a_good_report_reads_in_a_few_lines(report):
         "start-up hook   active",
         "patched         a.b",
         "backend         cpu (abacus)",
-        "row-exact       yes: a row has the same bits alone and among 8",
-        "exact rows      8 in float32, 8 in 4-bit (of 8)",
-        "                measured on linear layers of 2x3",
+        "row-exact       yes: a row has the same bits alone and among up to 9",
+        "measured        linear layers, 4-bit; attention, head size 256; recurrence",
     ]
 
 
@@ -100,10 +103,22 @@ def test_a_bad_report_says_what_is_wrong_and_what_to_do(report):
 
 
 def test_an_inexact_backend_is_said_to_be_so(report):
-    report["backend"] |= {"row_exact": False, "exact_rows": {"float32": 3, "4-bit": 8}}
-    text = render(report)
-    assert "row-exact       no: a row's bits depend on how many rows" in text
-    assert "3 in float32, 8 in 4-bit (of 8)" in text
+    report["backend"]["row_exact"] = False
+    report["backend"]["exact_rows"] |= {
+        "linear layers, 4-bit": 1,
+        "attention, head size 256": 4,
+    }
+    lines = render(report).splitlines()
+    assert lines[-6:] == [
+        "row-exact       no: a row's bits depend on how many rows are computed at "
+        "once,",
+        "                so where two tokens are almost equally likely, speculation "
+        "may",
+        "                choose the other one than plain mlx-lm does",
+        "not exact       linear layers, 4-bit: from 2 rows on",
+        "                attention, head size 256: from 5 rows on",
+        "exact           recurrence: up to 9 rows",
+    ]
 
 
 def observe(folder: Path, **details) -> Observation:
@@ -156,16 +171,49 @@ def test_a_hidden_start_up_file_comes_with_the_cure(tmp_path):
     assert found.cure == f"chflags -R nohidden {sys.prefix}"
 
 
-@pytest.mark.parametrize("expected", [1, 4, 8])
+@pytest.mark.parametrize("expected", [1, 4, 9])
 def test_rows_that_depend_on_their_number_are_found(expected):
-    def linear(rows):
+    def layer(rows):
         return rows * (1.0 if rows.shape[1] <= expected else 1.0000001)
 
-    rows = mx.random.normal((1, 8, 16), key=mx.random.key(0))
-    assert _backend.num_exact_rows(linear, rows) == expected
+    rows = mx.random.normal((1, 9, 16), key=mx.random.key(0))
+    alone = [layer(rows[:, i : i + 1]) for i in range(9)]
+    found = num_exact_rows(alone, lambda num_rows: layer(rows[:, :num_rows]))
+    assert found == expected
 
 
-def test_the_measurement_covers_the_kinds_of_linear_layers():
-    exact_rows = _backend.measure_exact_rows()
-    assert list(exact_rows) == ["float32", "bfloat16", "4-bit"]
-    assert all(1 <= rows <= _backend.MAX_ROWS for rows in exact_rows.values())
+def test_the_measurement_covers_all_that_mixes_numbers_in_a_model():
+    exact_rows = _exactness.measure_exact_rows()
+    assert list(exact_rows) == [
+        "linear layers, float32",
+        "linear layers, bfloat16",
+        "linear layers, 4-bit",
+        "attention, head size 256",
+        "attention, head size 512",
+        "recurrence",
+    ]
+    assert all(1 <= rows <= MAX_ROWS == 9 for rows in exact_rows.values())
+
+
+def test_attention_whose_rows_depend_on_their_number_is_found(monkeypatch):
+    upstream = mx.fast.scaled_dot_product_attention
+
+    def attention(queries, *args, **kwargs):
+        found = upstream(queries, *args, **kwargs)
+        is_wide = queries.shape[-1] == 512 and queries.shape[2] > 5
+        return found * 1.5 if is_wide else found
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    assert set(_exactness._attention(512)) == {5}
+    assert 5 not in _exactness._attention(256)
+
+
+def test_a_recurrence_whose_rows_depend_on_their_number_is_found(monkeypatch):
+    upstream = _exactness.gated_delta_update
+
+    def update(q, *args, **kwargs):
+        found, state = upstream(q, *args, **kwargs)
+        return (found * 1.5 if q.shape[1] > 2 else found), state
+
+    monkeypatch.setattr(_exactness, "gated_delta_update", update)
+    assert _exactness._recurrence() == 2

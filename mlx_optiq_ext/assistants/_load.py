@@ -37,7 +37,8 @@ def load_assistant(source: Source) -> Assistant:
                 },
                 get_model_classes=lambda config: (Assistant, AssistantArgs),
             )
-    # What a configuration can lack or get wrong is found by those who read it.
+    # The classes of the layers raise these if the configuration lacks something or has
+    # values that do not fit together.
     except (
         ArithmeticError,
         AttributeError,

@@ -20,15 +20,22 @@ from mlx_lm.utils import get_total_parameters
 from .. import _comparing, patches
 from .._checkpoints import find_folder
 from .._errors import SpeculationError
+from .._record import record_of
 from ..drafters import (
     DraftModelDrafter,
     GemmaAssistantDrafter,
     MTPDrafter,
     as_drafter,
 )
-from ..heads import MODEL_TYPES, describe_head, quantization_of
-from ..heads._hub import repo_of_snapshot
-from ..mixins.qwen3_5 import attach_mtp
+from ..heads import (
+    describe_head,
+    has_head,
+    in_hub_cache,
+    may_have_head,
+    quantization_of,
+)
+from ..mixins import attach_mtp
+from ._commands import command
 
 Report = dict[str, Any]
 Track = Callable[[list[tuple[str, str]]], Iterable[tuple[str, str]]]
@@ -45,17 +52,13 @@ NEAR_TIE = 0.7
 # Published heads and assistants reach 0.3 to 0.9. One that belongs to another model, or
 # whose norms are of the wrong convention, is right by chance only.
 MIN_ACCEPTANCE_RATE = 0.1
-# Less is within what one run of each prompt can tell.
+# A smaller gain cannot be told from noise with one run of each prompt.
 MIN_SPEED_UP = 1.05
 
-LOST = (
-    "The usual cause is a conversion that left the head out. To get it back: "
-    "mlx-optiq-ext extract-mtp {original} --into {folder}"
-)
-LOST_IN_CACHE = (
-    "The usual cause is a conversion that left the head out. The original model's can "
-    "be used from where it is: --mtp {original}"
-)
+LOST = "The usual cause is a conversion that left the head out. "
+GET_BACK = "To get it back: "
+REPLACE = "To put another head in its place: "
+USE = "The head of the original model can be used from where it is: "
 NO_DRAFTER = (
     "It has no MTP head. Pass --draft PATH: for a Gemma-4 model its -assistant model, "
     "for another one a smaller model with the same tokenizer."
@@ -85,7 +88,7 @@ def diagnose(
             warnings.simplefilter("ignore")
             patches.enable()
             _examine(report, source, mtp, draft, num_draft_tokens, track)
-    # Whatever is wrong with a checkpoint is what this is for.
+    # A checkpoint can be broken in any way, and every one of them is to be reported.
     except Exception as error:
         is_ours = isinstance(error, SpeculationError)
         report["problem"] = (
@@ -105,12 +108,14 @@ def _examine(
     folder = find_folder(source)
     model, tokenizer, _ = load(source, lazy=True, return_config=True)
     report["model"] = {"path": str(folder), **_describe_model(model)}
-    if draft is None:
-        report["to_do"] = _how_to_get(model, folder)
-    drafter = as_drafter(draft, model) if draft else _bind_head(model, mtp)
+    try:
+        drafter = as_drafter(draft, model) if draft else _bind_head(model, mtp)
+    except SpeculationError:
+        if draft is None and mtp is None:
+            report["to_do"] = _how_to_get(model, folder)
+        raise
     report["drafter"] = _describe_drafter(drafter, model, mtp, draft)
     report["memory"] = _expect_memory(report, model, draft)
-    report["to_do"] = None
     speculation = {"draft": drafter, "num_draft_tokens": num_draft_tokens}
     report["test"] = _try(model, tokenizer, speculation, track)
 
@@ -121,17 +126,30 @@ def _bind_head(model: nn.Module, mtp: str | None) -> Any:
 
 
 def _how_to_get(model: nn.Module, folder: Path) -> str:
-    if getattr(model, "model_type", None) not in MODEL_TYPES:
+    """What to do about a model that has no drafter, or one that is no good."""
+    if not may_have_head(model):
         return NO_DRAFTER
-    text = LOST_IN_CACHE if repo_of_snapshot(folder) else LOST
-    return text.format(original=_original(folder) or "ORIGINAL", folder=folder)
+    original = _original(folder) or "ORIGINAL"
+    is_lost = not _is_head_there(folder)
+    cause = LOST if is_lost else ""
+    if in_hub_cache(folder):
+        return cause + USE + command("--mtp", original)
+    words = ("mlx-optiq-ext", "extract-mtp", original, "--into", folder)
+    return cause + (GET_BACK if is_lost else REPLACE) + command(*words)
+
+
+def _is_head_there(folder: Path) -> bool:
+    try:
+        return has_head(folder)
+    except SpeculationError:  # There are files that cannot be read.
+        return True
 
 
 def _original(folder: Path) -> str | None:
-    """The model that a model was made from, says its card."""
+    """The model that this one was made from, if its card names it."""
     try:
         base_model = ModelCard.load(folder / "README.md").data.base_model
-    except Exception:  # There is none, or it is not understood.
+    except Exception:  # The model has no card, or one that is not understood.
         return None
     return base_model[0] if isinstance(base_model, list) else base_model
 
@@ -165,7 +183,7 @@ def _describe_weights(module: nn.Module) -> Report:
 def _describe_drafter(
     drafter: Any, model: nn.Module, mtp: str | None, draft: str | None
 ) -> Report:
-    head = getattr(model, "_mtp", None)
+    head = record_of(model).head
     if head is None:
         modules = [
             x
@@ -175,11 +193,11 @@ def _describe_drafter(
         weights = _describe_weights(modules[0]) if modules else {}
         kind = KINDS.get(type(drafter), type(drafter).__name__)
         return {"kind": kind, "source": draft, **weights}
-    description = asdict(describe_head(model._mtp_loaded_from))
+    description = asdict(describe_head(record_of(model).head_source or ""))
     description["files"] = [str(file) for file in description["files"]]
     return {
         "kind": KINDS[MTPDrafter],
-        "source": draft or mtp or model._mtp_loaded_from,
+        "source": draft or mtp or record_of(model).head_source,
         **description,
         **_describe_weights(head),
     }
@@ -192,7 +210,7 @@ def _expect_memory(report: Report, model: nn.Module, draft: str | None) -> Repor
         "drafter_bytes_per_token": 0,
         "device_bytes": mx.device_info().get("memory_size"),
     }
-    if (head := getattr(model, "_mtp", None)) is not None:
+    if (head := record_of(model).head) is not None:
         attention = head.layers[0].self_attn
         size = attention.num_key_value_heads * attention.head_dim
         found["drafter_bytes_per_token"] = 2 * size * head.norm.weight.itemsize

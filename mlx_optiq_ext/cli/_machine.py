@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine, backend and versions that a measurement was made with."""
 
 from __future__ import annotations
 

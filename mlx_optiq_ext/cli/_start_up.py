@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _bootstrap
+from ._commands import command
 
 START_UP_FILE = "mlx_optiq_ext.pth"
 
@@ -24,7 +25,8 @@ print(json.dumps([folders, "mlx_optiq_ext._bootstrap" in modules]))
 """
 
 _IMPORT = "import mlx_optiq_ext before mlx_lm"
-_INSTALL = f"{sys.executable} -m pip install --force-reinstall mlx-optiq-ext"
+_PIP = (sys.executable, "-m", "pip")
+_INSTALL = command(*_PIP, "install", "--force-reinstall", "mlx-optiq-ext")
 
 _OPTIONS = {
     "-I": "isolated",
@@ -36,7 +38,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class StartUp:
-    """What a fresh interpreter does at start-up.
+    """What a fresh interpreter does with the start-up file.
 
     Attributes:
         active: Whether it runs the start-up file.
@@ -71,8 +73,8 @@ class Observation:
 def inspect_start_up() -> StartUp:
     """Start an interpreter as this one was started, and look at it."""
     options = [name for name, flag in _OPTIONS.items() if getattr(sys.flags, flag)]
-    command = [sys.executable, *options, "-c", _PROBE]
-    fresh = subprocess.run(command, capture_output=True, text=True, check=True)
+    probe = [sys.executable, *options, "-c", _PROBE]
+    fresh = subprocess.run(probe, capture_output=True, text=True, check=True)
     names, active = json.loads(fresh.stdout.splitlines()[-1])
     if active:
         return StartUp(active=True)
@@ -109,7 +111,7 @@ def _files(folders: Iterable[Path]) -> list[Path]:
 def _explain_file(path: Path, observation: Observation) -> StartUp:
     if path in observation.hidden:
         reason = f"macOS marks {path} as hidden, and Python skips hidden files"
-        return StartUp(False, reason, f"chflags -R nohidden {sys.prefix}")
+        return StartUp(False, reason, command("chflags", "-R", "nohidden", sys.prefix))
     detail = observation.errors.strip() or "no error was shown"
     return StartUp(False, f"Python read {path} in vain: {detail}", _INSTALL)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from ._commands import command
+
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 UNFIT = (
     "{} {}, expected the folder of a converted model. Download one with hf download "
-    "ORG/NAME --local-dir FOLDER, or use the head from where it is with --mtp {}."
+    "ORG/NAME --local-dir FOLDER, or use the head from where it is with {}."
 )
 NO_MODEL = "is no folder with a config.json"
 IN_CACHE = "is in the Hub's cache, which is not changed"
@@ -24,7 +26,7 @@ IN_CACHE = "is in the Hub's cache, which is not changed"
     required=True,
     type=click.Path(path_type=Path),
     metavar="MODEL",
-    help="The folder of a converted Qwen3.5 or Qwen3.6 model.",
+    help="The folder of a converted Qwen3.5, Qwen3.6 or Qwen3.8 model.",
 )
 @click.option(
     "--q-bits", type=click.IntRange(min=1), help="Bits of the head's weights."
@@ -49,23 +51,23 @@ def extract_mtp(
     as the model is unless an option says otherwise. If anything fails, the model stays
     as it was.
     """
-    from ..heads import add_sidecar
-    from ..heads._hub import repo_of_snapshot
+    from ..heads import add_sidecar, in_hub_cache
 
-    if not (folder / "config.json").is_file():
-        raise click.ClickException(UNFIT.format(folder, NO_MODEL, source))
-    if repo_of_snapshot(folder.absolute()):
-        raise click.ClickException(UNFIT.format(folder, IN_CACHE, source))
+    reason = None if (folder / "config.json").is_file() else NO_MODEL
+    if reason or in_hub_cache(folder):
+        flag = command("--mtp", source)
+        raise click.ClickException(UNFIT.format(folder, reason or IN_CACHE, flag))
     try:
         head = _head_for(source, folder, q_bits, q_group_size, q_mode)
         _evaluate(head)
         file = add_sidecar(folder, head)
-    # What a model or a disk can get wrong; SpeculationError is a ValueError.
+    # These are raised for what models and disks get wrong; SpeculationError is a
+    # ValueError.
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     size = file.stat().st_size / 1e6
     click.echo(f"Added the MTP head of {source}: {file}, {size:.1f} MB")
-    click.echo(f"To check it: mlx-optiq-ext doctor {folder}")
+    click.echo(f"To check it: {command('mlx-optiq-ext', 'doctor', folder)}")
 
 
 def _head_for(
@@ -96,7 +98,7 @@ def _head_for(
 
 
 def _evaluate(head: Any) -> None:
-    """Quantise, which until now was only planned."""
+    """Evaluate the arrays of a head, which are quantised only when they are needed."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 

@@ -59,7 +59,7 @@ def _patches() -> Report:
     except (SpeculationError, ImportError) as exc:
         problem = str(exc)
     return {
-        "supported": f"mlx-lm{patches.SUPPORTED}",
+        "supported": list(patches.SUPPORTED),
         "applied": [row.seam for row in patches.applied()],
         "problem": problem or patches.problem(),
     }
@@ -68,16 +68,16 @@ def _patches() -> Report:
 def _backend() -> Report:
     try:
         from . import _backend as backend
+        from ._exactness import MAX_ROWS, measure_exact_rows
     except ImportError as exc:
         return {"name": None, "problem": str(exc)}
-    exact_rows = backend.measure_exact_rows()
+    exact_rows = measure_exact_rows()
     return {
         "name": backend.backend_name(),
         "device": backend.device_name(),
-        "row_exact": min(exact_rows.values()) == backend.MAX_ROWS,
+        "row_exact": min(exact_rows.values()) == MAX_ROWS,
         "exact_rows": exact_rows,
-        "max_rows": backend.MAX_ROWS,
-        "sizes": backend.SIZES,
+        "max_rows": MAX_ROWS,
     }
 
 
@@ -112,26 +112,31 @@ def _render_backend(backend: Report) -> list[tuple[str, str]]:
     return [
         ("backend", f"{backend['name']} ({backend['device']})"),
         *_render_exactness(backend),
-        *_render_measurement(backend),
     ]
 
 
 def _render_exactness(backend: Report) -> list[tuple[str, str]]:
+    exact_rows, most = backend["exact_rows"], backend["max_rows"]
     if backend["row_exact"]:
-        text = f"yes: a row has the same bits alone and among {backend['max_rows']}"
-        return [("row-exact", text)]
+        return [
+            ("row-exact", f"yes: a row has the same bits alone and among up to {most}"),
+            ("measured", "; ".join(exact_rows)),
+        ]
     return [
         ("row-exact", "no: a row's bits depend on how many rows are computed at once,"),
         ("", "so where two tokens are almost equally likely, speculation may"),
         ("", "choose the other one than plain mlx-lm does"),
+        *_labelled(
+            "not exact",
+            [f"{x}: from {n + 1} rows on" for x, n in exact_rows.items() if n < most],
+        ),
+        *_labelled(
+            "exact",
+            [f"{x}: up to {n} rows" for x, n in exact_rows.items() if n == most],
+        ),
     ]
 
 
-def _render_measurement(backend: Report) -> list[tuple[str, str]]:
-    exact_rows = backend["exact_rows"].items()
-    rows = ", ".join(f"{num_rows} in {kind}" for kind, num_rows in exact_rows)
-    sizes = ", ".join("x".join(map(str, size)) for size in backend["sizes"])
-    return [
-        ("exact rows", f"{rows} (of {backend['max_rows']})"),
-        ("", f"measured on linear layers of {sizes}"),
-    ]
+def _labelled(label: str, texts: list[str]) -> list[tuple[str, str]]:
+    """One line for each text, the first with the label."""
+    return [(label if i == 0 else "", text) for i, text in enumerate(texts)]

@@ -22,7 +22,7 @@ from mlx_lm.generate import (
 from mlx_lm.sample_utils import Sampler
 
 from .._options import NumDraftTokens
-from ..drafters import Drafter, MTPDrafter
+from ..drafters import Drafter
 from ._decoder import Decoder, Token
 from ._depth import make_depth
 from ._rows import Verifier
@@ -143,8 +143,6 @@ class SpeculativeBatch(GenerationBatch):
             return
         self.prompt_cache = super().extract_cache(0)
         drafter = self._drafter
-        if isinstance(drafter, MTPDrafter):
-            drafter = drafter.resuming(self.tokens[0])
         processors = self.logits_processors[0] if self.logits_processors else ()
         decoder = Decoder(
             Target(
@@ -162,7 +160,7 @@ class SpeculativeBatch(GenerationBatch):
             make_depth(options.num_draft_tokens, self.model, drafter),
             self.max_tokens[0] - self._num_tokens[0],
             options.stats,
-            mx.array(self.tokens[0]) if processors else None,
+            self.tokens[0],
         )
         self._solo = _Solo(decoder, self._next_tokens, self._next_logprobs[0])
 

@@ -10,17 +10,22 @@ as fast as without speculation.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+import math
+from collections import deque
+from collections.abc import Collection
 from typing import Protocol
 
 import mlx.nn as nn
 
 from .._options import MAX_DRAFT_TOKENS, NumDraftTokens
+from .._record import record_of
 from ..drafters import Drafter
 
 NUM_TIMES = 5  # latest rounds of a depth whose times count
 MIN_TIMES = 2  # of them, before the depth is known
 MAX_AGE = 32  # rounds, after which all times of a depth but one are forgotten
+CONFIRMED = 4  # times more rounds to the next test of a belief that was right
+SURPRISE = 2.0  # times more or less than what was believed of a depth
 MIN_GAIN = 0.02  # in speed, for a deeper round to be preferred
 PRIOR_RATE, PRIOR_WEIGHT = 0.7, 2.0  # what is assumed of the first position, as if seen
 MEMORY = 0.97  # of a position's rate, assumed or seen, from one draft token to the next
@@ -44,7 +49,7 @@ class Depth(Protocol):
             depth (int): Tokens drafted.
             num_accepted (int): Of these.
             seconds (float): How long it took.
-            is_typical (bool): Whether others of its depth take as long.
+            is_typical (bool): Whether it did nothing else, like others of its depth.
         """
         ...
 
@@ -69,6 +74,10 @@ class RoundTimes:
 
     The first round of a depth is left out: it may have had to compile kernels. Of the
     others the lower quartile counts, as what disturbs a round makes it longer.
+
+    Invariant: what is believed of a depth that is not used is put to the test again
+    after ``MAX_AGE`` rounds, however bad the depth seems. They become more with every
+    test that confirms the belief, and are so few again after a surprise.
     """
 
     def __init__(self) -> None:
@@ -77,26 +86,60 @@ class RoundTimes:
         ]
         self._num_rounds = 0
         self._last_round: list[int | None] = [None] * (MAX_DRAFT_TOKENS + 1)
+        self._patience = [MAX_AGE] * (MAX_DRAFT_TOKENS + 1)
 
-    def add(self, depth: int, seconds: float) -> None:
+    def add(self, depth: int, seconds: float | None) -> None:
+        """See a round of a depth.
+
+        Args:
+            depth (int): Tokens drafted.
+            seconds (float, optional): How long the round took; None if it did something
+                else as well.
+        """
         self._num_rounds += 1
-        times, last = self._times[depth], self._last_round[depth]
-        self._last_round[depth] = self._num_rounds
-        if last is None:
+        last, self._last_round[depth] = self._last_round[depth], self._num_rounds
+        if last is None or seconds is None:
             return
-        if times and self._num_rounds - last > MAX_AGE:
+        times, age = self._times[depth], self._num_rounds - last
+        believed = _quartile(times) if times else seconds
+        if not 1 / SURPRISE < seconds / believed < SURPRISE:
+            self._patience[depth] = MAX_AGE
+        elif age > MAX_AGE:
+            self._patience[depth] *= CONFIRMED
+        if age > MAX_AGE and times:
             self._times[depth] = times = deque([times[-1]], NUM_TIMES)
+        if seconds < believed / SURPRISE:
+            # Nothing makes a round faster than it is, so the belief was wrong.
+            self._times[depth] = times = deque([seconds] * (MIN_TIMES - 1), NUM_TIMES)
         times.append(seconds)
+
+    def is_due(self, depth: int) -> bool:
+        """Whether what is believed of a depth has to be put to the test."""
+        last = self._last_round[depth]
+        return last is not None and self._num_rounds - last >= self._patience[depth]
 
     def seconds(self) -> list[float]:
         """Of depth 0, 1 and so on, the last one extrapolated; empty if none known."""
         known = list(itertools.takewhile(lambda x: len(x) >= MIN_TIMES, self._times))
-        quartiles = [(sorted(times)[len(times) // 4], len(times)) for times in known]
-        smooth = _ascending(quartiles)
+        quartiles = [(_quartile(times), len(times)) for times in known]
+        smooth = _ascending(_plausible(quartiles))
         if known and len(known) <= MAX_DRAFT_TOKENS:
             mean_step = (smooth[-1] - smooth[0]) / max(len(smooth) - 1, 1)
             smooth.append(smooth[-1] + mean_step)
         return smooth
+
+
+def _quartile(times: Collection[float]) -> float:
+    return sorted(times)[len(times) // 4]
+
+
+def _plausible(values: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Weighted numbers; one that is far above a later one is brought down to it."""
+    limit, found = math.inf, []
+    for value, weight in reversed(values):
+        found.append((limit if value > SURPRISE * limit else value, weight))
+        limit = min(limit, value)
+    return found[::-1]
 
 
 def _ascending(values: list[tuple[float, int]]) -> list[float]:
@@ -177,8 +220,7 @@ class AutoDepth:
         self._num_rounds += 1
         self._last_used[depth] = self._num_rounds
         self._rates.add(depth, num_accepted)
-        if is_typical:
-            self._times.add(depth, seconds)
+        self._times.add(depth, seconds if is_typical else None)
         if speeds := self._speeds():
             # An interruption is not the fault of the depth.
             seconds = min(seconds, (2 + depth) / speeds[0])
@@ -202,6 +244,8 @@ class AutoDepth:
             return []
         # The time of a parked round is only known between two others.
         probe = [depth] * (3 if depth == 0 else 1)
+        if self._times.is_due(depth):
+            return probe
         loss = self._rates.num_tokens(depth) * (1 / speeds[depth] - 1 / speeds[best])
         if self._lost + len(probe) * loss > PROBE_SHARE * self._elapsed:
             return []
@@ -223,7 +267,5 @@ def make_depth(
     """
     if num_draft_tokens != "auto":
         return FixedDepth(num_draft_tokens)
-    if not hasattr(model, "_round_times"):
-        # Not by nn.Module.__setattr__: this is none of the model's parameters.
-        object.__setattr__(model, "_round_times", defaultdict(RoundTimes))
-    return AutoDepth(model._round_times[type(drafter)])
+    times = record_of(model).round_times
+    return AutoDepth(times.setdefault(drafter.name, RoundTimes()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from ._rows import Proposal, Row, Verifier
-from ._target import Target
+from ._target import Output, Target
 
 
 class Round:
@@ -22,6 +23,7 @@ class Round:
         verifier (Verifier): How tokens are drawn.
         proposal (Proposal): The draft tokens.
         is_early (bool): Whether the round before is still under way.
+        does_more (bool): Whether the drafter catches up in this round.
     """
 
     def __init__(
@@ -30,12 +32,14 @@ class Round:
         verifier: Verifier,
         proposal: Proposal,
         is_early: bool = False,
+        does_more: bool = False,
     ):
         self._target = target
         self._verifier = verifier
         self._proposal = proposal
         self._rows: list[Row] = []
         self.is_early = is_early
+        self.does_more = does_more
         self.is_collected = False
         self.transaction = target.transaction()
         self.states: mx.array | None = None
@@ -67,12 +71,16 @@ class Round:
         """States of the first rows, ``[1, num_rows, hidden]``, if they are known."""
         return None if self.states is None else self.states[:, :num_rows]
 
-    def run(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
-        """Feed tokens, shape ``[1 + num_drafted]``, and return the target's states."""
+    @property
+    def vocab_size(self) -> int | None:
+        """The size of the target's vocabulary, None if the round was not read."""
+        return self._rows[0].logprobs.shape[-1] if self._rows else None
+
+    def run(self, tokens: mx.array, embeddings: mx.array | None = None) -> None:
+        """Feed tokens, shape ``[1 + num_drafted]``, to the target."""
         forward = partial(_forward_rows, self._target, tokens, embeddings)
-        states = self.transaction.run(forward, 1 + self.num_drafted)
-        self.states = states
-        return states
+        self._output: Output = self.transaction.run(forward, 1 + self.num_drafted)
+        self.states = self._output.states
 
     def adopt(
         self, token: mx.array, logprobs: mx.array, states: mx.array | None
@@ -84,7 +92,7 @@ class Round:
             logprobs (mx.array): Shape ``[vocab]``.
             states (mx.array, optional): Of the row, ``[1, 1, hidden]``, if known.
         """
-        self.states = self.transaction.run(lambda _: states, 1)
+        self.states = self.transaction.run(lambda *_: states, 1)
         self._rows = [Row(token, mx.array([False]), logprobs)]
         self._packed = token
         self._is_read, self._must_walk = True, False
@@ -93,9 +101,9 @@ class Round:
         """Start the work; if the round is not to be read, without any logits."""
         self._is_read = is_read
         if not is_read:
-            mx.async_eval(self.states)
+            mx.async_eval(self._output.first)
             return
-        self._logits = self._target.project(self.states)
+        self._logits = self._output.logits
         self._must_walk = self._verifier.is_stepwise and self.num_drafted > 0
         if self._must_walk:
             mx.async_eval(self._logits)
@@ -115,7 +123,7 @@ class Round:
     def collect(self) -> None:
         """Wait for the round."""
         if not self._is_read:
-            mx.eval(self.states)
+            mx.eval(self._output.first)
         elif self._must_walk:
             self._walk()
         elif self.error is None:
@@ -141,10 +149,14 @@ class Round:
 
 
 def _forward_rows(
-    target: Target, tokens: mx.array, embeddings: mx.array | None, num_rows: int
-) -> mx.array:
+    target: Target,
+    tokens: mx.array,
+    embeddings: mx.array | None,
+    entries: list[Any],
+    num_rows: int,
+) -> Output:
     rows = None if embeddings is None else embeddings[:num_rows]
-    return target.forward(tokens[:num_rows], rows)
+    return target.forward(tokens[:num_rows], rows, entries)
 
 
 def _num_accepted(rows: list[Row]) -> mx.array:

@@ -67,10 +67,19 @@ class Proposal:
         history (mx.array, optional): Tokens up to and including the first one that the
           round feeds to the target, ``[num_tokens]``.
         index (int): Tokens generated before the first one of the round.
+        vocab_size (int, optional): That of the target. Models pad theirs to different
+            sizes, so a drafter may have another one.
     """
 
-    def __init__(self, verifier: Verifier, history: mx.array | None, index: int = 0):
+    def __init__(
+        self,
+        verifier: Verifier,
+        history: mx.array | None,
+        index: int = 0,
+        vocab_size: int | None = None,
+    ):
         self._verifier = verifier
+        self.vocab_size = vocab_size
         self.index = index
         self.drafts: list[DraftToken] = []
         self.histories = [history]
@@ -81,6 +90,7 @@ class Proposal:
 
     def add(self, logits: mx.array) -> None:
         history = self.histories[-1]
+        logits = _fit(logits, self.vocab_size or logits.shape[-1])
         logits = processed(logits, history, self._verifier.draft_processors)
         index = self.index + len(self.drafts)
         draft = self._verifier.rule.propose(logits, index)
@@ -88,6 +98,13 @@ class Proposal:
         if history is not None:
             history = mx.concatenate([history, draft.token])
         self.histories.append(history)
+
+
+def _fit(logits: mx.array, vocab_size: int) -> mx.array:
+    """Logits ``[1, vocab_size]`` of as many tokens, or more or fewer."""
+    if num_missing := max(vocab_size - logits.shape[-1], 0):
+        logits = mx.pad(logits, [(0, 0), (0, num_missing)], constant_values=-mx.inf)
+    return logits[:, :vocab_size]
 
 
 def logprobs_of(

@@ -20,6 +20,10 @@ class SpeculationStats:
           them: none, one and so on.
         num_drafted_per_position (list[int]): Draft tokens verified, by position.
         num_accepted_per_position (list[int]): Draft tokens emitted, by position.
+        records_sources (bool): Whether ``token_sources`` is kept.
+        token_sources (list[str | None]): What proposed each token that was emitted,
+          such as ``"mtp"``; None for one of the target's own. A token is added before
+          whoever consumes it can see it.
     """
 
     num_tokens: int = 0
@@ -28,6 +32,8 @@ class SpeculationStats:
     num_calls_per_depth: list[int] = field(default_factory=list)
     num_drafted_per_position: list[int] = field(default_factory=list)
     num_accepted_per_position: list[int] = field(default_factory=list)
+    records_sources: bool = False
+    token_sources: list[str | None] = field(default_factory=list)
 
     def add_round(self, num_drafted: int) -> None:
         self.num_target_calls += 1
@@ -42,8 +48,17 @@ class SpeculationStats:
         for position in range(num_drafted):
             self.num_drafted_per_position[position] += 1
 
-    def add_token(self, accepted_position: int | None) -> None:
+    def add_token(self, accepted_position: int | None, source: str) -> None:
+        """Count a token that is about to be emitted.
+
+        Args:
+            accepted_position (int, optional): Its position among the draft tokens of
+              the round; None for a token of the target's own.
+            source (str): What proposes draft tokens.
+        """
         self.num_tokens += 1
+        if self.records_sources:
+            self.token_sources.append(None if accepted_position is None else source)
         if accepted_position is not None:
             self.num_accepted_per_position[accepted_position] += 1
 

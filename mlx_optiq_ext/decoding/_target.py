@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import CacheList, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from ..rollback import Tape, Transaction, can_tape, marks
+from ..rollback import (
+    Tape,
+    Transaction,
+    check_entries,
+    has_known_recurrence,
+    prepare_recurrence,
+)
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,41 @@ class CacheOptions:
     quantized_kv_start: int
 
 
+class Output:
+    """What a forward pass of the target computes.
+
+    Args:
+        first (mx.array): The states if the target shows them, otherwise the logits:
+            ``[1, num_tokens, hidden or vocab]``.
+        project (Callable, optional): Makes logits of states.
+    """
+
+    def __init__(
+        self,
+        first: mx.array,
+        project: Callable[[mx.array], mx.array] | None = None,
+    ):
+        self.first = first
+        self._project = project
+
+    @property
+    def states(self) -> mx.array | None:
+        """The hidden states, ``[1, num_tokens, hidden]``, None if not shown."""
+        return None if self._project is None else self.first
+
+    @cached_property
+    def logits(self) -> mx.array:
+        """Logits, ``[1, num_tokens, vocab]``, which cost nothing until asked for."""
+        return self.first if self._project is None else self._project(self.first)
+
+
 class Target:
     """A model with the cache of one sequence.
 
     Args:
         model (nn.Module): The model.
-        reads_hidden_states (bool): Whether ``forward`` returns hidden states, or the
-          logits themselves.
+        shows_states (bool): Whether the hidden states of the model are of interest,
+          which has ``hidden_states`` and ``project`` then.
         prompt_cache (list[Any], optional): Entries to use, the target's first.
         options (CacheOptions): How to make and quantise entries.
 
@@ -43,7 +78,7 @@ class Target:
     def __init__(
         self,
         model: nn.Module,
-        reads_hidden_states: bool,
+        shows_states: bool,
         prompt_cache: list[Any] | None,
         options: CacheOptions,
     ):
@@ -55,11 +90,12 @@ class Target:
                 f"prompt_cache has {len(self.cache)} entries, expected "
                 f"{self.num_entries} for this model."
             )
-        for entry in self.entries:
-            marks(entry)
-        self._call = model.hidden_states if reads_hidden_states else model
-        self._project = model.project if reads_hidden_states else None
-        self._can_tape = can_tape(model)
+        check_entries(self.entries, model)
+        self._model = model
+        self._shows_states = shows_states
+        self._is_taped = has_known_recurrence(model)
+        if self._is_taped:
+            prepare_recurrence(model)
         self._options = options
 
     @property
@@ -72,20 +108,29 @@ class Target:
         offsets = [getattr(entry, "offset", 0) for entry in _leaves(self.entries)]
         return max(offsets, default=0)
 
-    def forward(self, tokens: mx.array, embeddings: mx.array | None = None) -> mx.array:
-        """States of the next tokens, ``[1, num_tokens, hidden]``."""
-        if embeddings is None:
-            return self._call(tokens[None], cache=self.entries)
-        return self._call(
-            tokens[None], cache=self.entries, input_embeddings=embeddings[None]
-        )
+    def forward(
+        self,
+        tokens: mx.array,
+        embeddings: mx.array | None = None,
+        entries: list[Any] | None = None,
+    ) -> Output:
+        """Process the next tokens, or what replaces them.
 
-    def project(self, states: mx.array) -> mx.array:
-        """Logits ``[1, num_tokens, vocab]`` of states."""
-        return states if self._project is None else self._project(states)
+        Args:
+            tokens (mx.array): ``[num_tokens]``.
+            embeddings (mx.array, optional): Read in place of the tokens',
+              ``[num_tokens, hidden]``.
+            entries (list, optional): Those of a transaction. Default: the cache's own.
+        """
+        cache = self.entries if entries is None else entries
+        options = {} if embeddings is None else {"input_embeddings": embeddings[None]}
+        if not self._shows_states:
+            return Output(self._model(tokens[None], cache=cache, **options))
+        states = self._model.hidden_states(tokens[None], cache=cache, **options)
+        return Output(states, self._model.project)
 
     def transaction(self) -> Transaction:
-        return Transaction(self.entries, Tape() if self._can_tape else None)
+        return Transaction(self.entries, Tape() if self._is_taped else None)
 
     def quantize(self) -> None:
         options, entries = self._options, self.entries
@@ -96,15 +141,14 @@ class Target:
 
     @property
     def max_rows(self) -> float:
-        """Rows that one pass may have to compute what as many passes would."""
+        """The most rows that a pass may have and still equal as many passes of one."""
         num_quantizable = sum(hasattr(entry, "to_quantized") for entry in self.entries)
-        limits = map(_max_rows, _leaves(self.entries))
         if self._options.kv_bits is None or num_quantizable == 0:
-            return min(limits, default=math.inf)
+            return math.inf
         # Plain decoding quantises after the token that reaches the start, so that
         # token is fed alone.
         start = self._options.quantized_kv_start - 1
-        return max(min(start - self.num_tokens, *limits), 1)
+        return max(start - self.num_tokens, 1)
 
 
 def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
@@ -113,10 +157,3 @@ def _leaves(entries: Iterable[Any]) -> Iterator[Any]:
             yield from _leaves(entry.caches)
         else:
             yield entry
-
-
-def _max_rows(entry: Any) -> float:
-    """Once full, a ring that keeps its first tokens drops them for later rows."""
-    if isinstance(entry, RotatingKVCache) and entry.keep > 0:
-        return max(entry.max_size - entry.offset, 1)
-    return math.inf

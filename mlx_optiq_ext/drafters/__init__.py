@@ -3,8 +3,16 @@
 from ._assistant import GemmaAssistantDrafter
 from ._draft_model import DraftModelDrafter
 from ._mtp import MTPDrafter
+from ._priming import keep_primed
 from ._protocol import Drafter, DraftSession, Proposal
-from ._registry import REGISTRY, Unbound, as_drafter, is_draft_model, limit_drafts
+from ._registry import (
+    REGISTRY,
+    Unbound,
+    as_drafter,
+    check_draft_model,
+    is_draft_model,
+    limit_drafts,
+)
 
 __all__ = [
     "REGISTRY",
@@ -16,6 +24,8 @@ __all__ = [
     "Proposal",
     "Unbound",
     "as_drafter",
+    "check_draft_model",
     "is_draft_model",
+    "keep_primed",
     "limit_drafts",
 ]

@@ -6,6 +6,7 @@ was computed for rejected tokens is gone before it is asked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,8 +14,9 @@ import mlx.nn as nn
 
 from .._checkpoints import Source
 from .._errors import SpeculationError
+from .._record import record_of
 from ..assistants import Assistant, load_assistant
-from ..mixins.gemma4 import SharedKVMixin, attach_shared_kv
+from ..mixins import SharedKVMixin, attach_shared_kv
 from ._protocol import Proposal
 
 # Where the query of every draft step is, counted from the position of the last token,
@@ -34,6 +36,7 @@ class GemmaAssistantDrafter:
           values; ``bind`` sets it.
     """
 
+    name = "assistant"
     reads_hidden_states = True
 
     def __init__(
@@ -79,7 +82,7 @@ class GemmaAssistantDrafter:
         """
         attach_shared_kv(model)
         if differences := _differences(self._assistant, model):
-            target = getattr(model, "_mtp_source", type(model).__module__)
+            target = record_of(model).source or type(model).__module__
             raise SpeculationError(
                 f"Cannot speculate: the assistant {self._name} was made for another "
                 f"model than {target}: {'; '.join(differences)}."
@@ -95,7 +98,11 @@ class GemmaAssistantDrafter:
         return []
 
     def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+        self,
+        prompt_cache: list[Any],
+        num_target_entries: int,
+        num_tokens: int,
+        tokens: Sequence[int] = (),
     ) -> AssistantSession:
         if self._target is None:
             raise SpeculationError(
@@ -113,6 +120,8 @@ class GemmaAssistantDrafter:
 
 class AssistantSession:
     """The assistant at work on one sequence."""
+
+    num_put_off = 0
 
     def __init__(
         self,
@@ -135,8 +144,12 @@ class AssistantSession:
         return None
 
     def prefill(
-        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        states: mx.array | None,
+        embeddings: mx.array | None = None,
     ) -> None:
+        assert states is not None
         self._next_position += states.shape[1]
 
     def draft(
@@ -158,6 +171,9 @@ class AssistantSession:
             logits, hidden = self._assistant(embedding, hidden, shared_kv, position)
             proposal.add(logits[:, -1])
             token = proposal.tokens[-1]
+
+    def catch_up(self) -> None:
+        pass
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
         pass

@@ -6,6 +6,7 @@ target's holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
-from ..rollback import Tape, Transaction, can_tape
+from ..rollback import (
+    Tape,
+    Transaction,
+    has_known_recurrence,
+    prepare_recurrence,
+)
 from ._protocol import Proposal
 
 MAX_PUT_OFF = 64  # tokens that the model is shown together, while nothing is drafted
@@ -26,6 +32,7 @@ class DraftModelDrafter:
         model (nn.Module): The draft model.
     """
 
+    name = "draft_model"
     reads_hidden_states = False
 
     def __init__(self, model: nn.Module):
@@ -35,7 +42,11 @@ class DraftModelDrafter:
         return make_prompt_cache(self._model)
 
     def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+        self,
+        prompt_cache: list[Any],
+        num_target_entries: int,
+        num_tokens: int,
+        tokens: Sequence[int] = (),
     ) -> DraftModelSession:
         entries = self.make_cache()
         own = prompt_cache[num_target_entries:]
@@ -61,17 +72,26 @@ class DraftModelSession:
         self._model = model
         self._entries = entries
         self._num_tokens = num_tokens
-        self._can_tape = can_tape(model)
+        self._is_taped = has_known_recurrence(model)
+        if self._is_taped:
+            prepare_recurrence(model)
         self._last_seen = Transaction(entries)
         self._num_last_seen = 0
         self._put_off = mx.zeros(0, mx.uint32)
+
+    @property
+    def num_put_off(self) -> int:
+        return self._put_off.size
 
     @property
     def last_state(self) -> None:
         return None
 
     def prefill(
-        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        states: mx.array | None,
+        embeddings: mx.array | None = None,
     ) -> None:
         if embeddings is not None:
             raise ValueError("A draft model does not support input embeddings.")
@@ -87,21 +107,26 @@ class DraftModelSession:
     ) -> None:
         self._num_tokens += tokens.size
         self._put_off = mx.concatenate([self._put_off, tokens])
-        if num_draft_tokens == 0 and self._put_off.size < MAX_PUT_OFF:
+        if num_draft_tokens == 0:
+            if self._put_off.size >= MAX_PUT_OFF:
+                self.catch_up()
             return
         logits = self._see(self._put_off)
         self._put_off = self._put_off[:0]
-        if num_draft_tokens == 0:
-            mx.async_eval([entry.state for entry in self._entries])
-            return
-        assert states is not None
-        chain = Transaction(self._entries)
+        chain: list[Transaction] = []
         for position in range(num_draft_tokens):
             if position:
-                logits = self._forward(proposal.tokens[-1])
-            proposal.add(_fit(logits[:, -1], states.shape[-1]))
-        if num_draft_tokens > 1:
-            chain.keep(0)
+                chain.append(Transaction(self._entries))
+                logits = self._run(chain[-1], proposal.tokens[-1])
+            proposal.add(logits[:, -1])
+        for transaction in reversed(chain):
+            transaction.keep(0)
+
+    def catch_up(self) -> None:
+        if self._put_off.size:
+            self._see(self._put_off)
+            self._put_off = self._put_off[:0]
+            mx.async_eval([entry.state for entry in self._entries])
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
         num_extra = max(self._num_tokens - num_tokens, 0)
@@ -114,17 +139,16 @@ class DraftModelSession:
 
     def _see(self, tokens: mx.array) -> mx.array:
         self._num_last_seen = tokens.size
-        self._last_seen = Transaction(self._entries, Tape() if self._can_tape else None)
-        return self._last_seen.run(
-            lambda num_rows: self._forward(tokens[:num_rows]), tokens.size
+        self._last_seen = Transaction(self._entries, Tape() if self._is_taped else None)
+        logits = self._run(self._last_seen, tokens)
+        self._last_seen.keep(tokens.size)
+        return logits
+
+    def _run(self, transaction: Transaction, tokens: mx.array) -> mx.array:
+        return transaction.run(
+            lambda entries, num_rows: self._model(tokens[None, :num_rows], entries),
+            tokens.size,
         )
 
     def _forward(self, tokens: mx.array) -> mx.array:
         return self._model(tokens[None], cache=self._entries)
-
-
-def _fit(logits: mx.array, vocab_size: int) -> mx.array:
-    """Logits for the target's vocabulary; models pad theirs to different sizes."""
-    num_missing = max(vocab_size - logits.shape[-1], 0)
-    logits = mx.pad(logits, [(0, 0), (0, num_missing)], constant_values=-mx.inf)
-    return logits[:, :vocab_size]

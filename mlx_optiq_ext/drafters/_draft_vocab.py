@@ -26,7 +26,8 @@ import mlx.nn as nn
 from .._checkpoints import read_json
 from .._errors import SpeculationError
 from .._options import DraftVocab
-from ..mixins.qwen3_5 import MTPMixin
+from .._record import record_of
+from ..mixins import MTPMixin
 
 _TABLES = (nn.Embedding, nn.QuantizedEmbedding)
 _LAYERS = (*_TABLES, nn.Linear, nn.QuantizedLinear)
@@ -41,26 +42,58 @@ class SubsetProjection:
     """
 
     def __init__(self, layer: nn.Module, tokens: Sequence[int]):
-        self._tokens = mx.array(tokens)
-        self._vocab_size = layer.weight.shape[0]
-        # Every parameter has a row for each token.
-        rows = copy.copy(layer)
-        rows.update({name: x[self._tokens] for name, x in layer.parameters().items()})
-        self._project = rows.as_linear if isinstance(rows, _TABLES) else rows
+        self._layer = layer
+        self._parts = [_Rows(layer, tokens)]
+        self._dropped = mx.array([], mx.int32)
+        self.tokens = tuple(tokens)
+
+    def exchanged(self, tokens: Sequence[int]) -> SubsetProjection:
+        """The projection with other tokens, as many as before.
+
+        The rows that are copied already are shared; only those of new tokens are
+        copied.
+
+        Args:
+            tokens (Sequence[int]): Those to keep, in ascending order.
+        """
+        found = copy.copy(self)
+        found.tokens = tuple(tokens)
+        if added := sorted(set(tokens) - set(self.tokens)):
+            found._parts = [*self._parts, _Rows(self._layer, added)]
+        found._dropped = mx.array(sorted(set(self.tokens) - set(tokens)), mx.int32)
+        return found
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Logits of states, minus infinity for tokens that were not kept.
 
         Args:
-            hidden (mx.array): ``[1, 1, hidden_size]``.
+            hidden (mx.array): ``[..., hidden_size]``.
 
         Returns:
-            mx.array: ``[1, 1, vocab_size]``.
+            mx.array: ``[..., vocab_size]``.
         """
-        kept = self._project(hidden)
-        logits = mx.full((1, 1, self._vocab_size), -mx.inf, kept.dtype)
-        logits[..., self._tokens] = kept
+        found = [part(hidden) for part in self._parts]
+        shape = (*hidden.shape[:-1], self._layer.weight.shape[0])
+        logits = mx.full(shape, -mx.inf, found[0].dtype)
+        for part, kept in zip(self._parts, found, strict=True):
+            logits[..., part.tokens] = kept
+        if self._dropped.size:
+            logits[..., self._dropped] = -mx.inf
         return logits
+
+
+class _Rows:
+    """A copy of the rows that an output layer has for some tokens."""
+
+    def __init__(self, layer: nn.Module, tokens: Sequence[int]):
+        self.tokens = mx.array(tokens)
+        rows = copy.copy(layer)
+        # Every parameter has a row for each token.
+        rows.update({name: x[self.tokens] for name, x in layer.parameters().items()})
+        self._project = rows.as_linear if isinstance(rows, _TABLES) else rows
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self._project(hidden)
 
 
 class DraftVocabulary:
@@ -83,12 +116,24 @@ class DraftVocabulary:
                 f"layer is a {type(self._layer).__name__}."
             )
         self._draft_vocab = draft_vocab
+        self._modified = _modified(draft_vocab)
         self._always: tuple[int, ...] = ()
+        vocab_size = self._layer.weight.shape[0]
         if isinstance(draft_vocab, int):
-            self._always = _added_tokens(getattr(model, "_mtp_source", None))
+            self._always = _added_tokens(record_of(model).source)
+            tokens = choose_tokens(min(draft_vocab, vocab_size), (), self._always)
         else:
-            tokens = read_token_ids(draft_vocab, self._layer.weight.shape[0])
-            self._of_file = SubsetProjection(self._layer, tokens)
+            tokens = read_token_ids(draft_vocab, vocab_size)
+        self._projection = SubsetProjection(self._layer, tokens)
+
+    @classmethod
+    def of(cls, model: MTPMixin, draft_vocab: DraftVocab) -> DraftVocabulary:
+        """The vocabulary of a model, whose rows are copied the first time only."""
+        record = record_of(model)
+        known: DraftVocabulary | None = record.draft_vocabulary
+        if known is None or not known._is_still(model, draft_vocab):
+            record.draft_vocabulary = known = cls(model, draft_vocab)
+        return known
 
     def projection(self, prompt: Iterable[int]) -> SubsetProjection:
         """The output layer to draft with.
@@ -97,10 +142,27 @@ class DraftVocabulary:
             prompt (Iterable[int]): Tokens of the sequence so far.
         """
         if not isinstance(self._draft_vocab, int):
-            return self._of_file
-        num_tokens = min(self._draft_vocab, self._layer.weight.shape[0])
-        tokens = choose_tokens(num_tokens, prompt, self._always)
-        return SubsetProjection(self._layer, tokens)
+            return self._projection
+        num_tokens = len(self._projection.tokens)
+        return self._projection.exchanged(
+            choose_tokens(num_tokens, prompt, self._always)
+        )
+
+    def _is_still(self, model: MTPMixin, draft_vocab: DraftVocab) -> bool:
+        """Whether this is what a model and a wish for tokens still ask for."""
+        return (
+            self._layer is model.output_layer
+            and self._draft_vocab == draft_vocab
+            and self._modified == _modified(draft_vocab)
+        )
+
+
+def _modified(draft_vocab: DraftVocab) -> float | None:
+    """When a file of token ids was last written; None for anything else."""
+    if isinstance(draft_vocab, int):
+        return None
+    path = Path(draft_vocab).expanduser()
+    return path.stat().st_mtime if path.is_file() else None
 
 
 def choose_tokens(

@@ -1,4 +1,4 @@
-"""Drafting with the multi-token-prediction head of a Qwen3.5 or Qwen3.6 model.
+"""Drafting with the multi-token-prediction head of a Qwen3.5, 3.6 or 3.8 model.
 
 The head reads pairs (state of token p, embedding of token p + 1) and predicts token
 p + 2. Invariant between generations: with N tokens in the target's cache, the head's KV
@@ -10,7 +10,6 @@ starts afresh.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 
 from .._errors import SpeculationError
 from .._options import DraftVocab
-from ..mixins.qwen3_5 import MTPMixin
+from ..mixins import MTPMixin
 from ._draft_vocab import DraftVocabulary
 from ._protocol import Proposal
 
@@ -40,14 +39,14 @@ class MTPDrafter:
         SpeculationError: If only some tokens are wanted and that cannot be.
     """
 
+    name = "mtp"
     reads_hidden_states = True
 
     def __init__(self, model: MTPMixin, draft_vocab: DraftVocab | None = None):
         self._model = model
         self._vocabulary = (
-            None if draft_vocab is None else DraftVocabulary(model, draft_vocab)
+            None if draft_vocab is None else DraftVocabulary.of(model, draft_vocab)
         )
-        self._seen: tuple[mx.array, ...] = ()
 
     def limited(self, draft_vocab: DraftVocab) -> MTPDrafter:
         """The same drafter, proposing only some of the tokens.
@@ -57,21 +56,15 @@ class MTPDrafter:
         """
         return MTPDrafter(self._model, draft_vocab)
 
-    def resuming(self, tokens: Sequence[int]) -> MTPDrafter:
-        """The same drafter, for a sequence whose first tokens no session is shown.
-
-        Args:
-            tokens (Sequence[int]): These tokens.
-        """
-        drafter = copy.copy(self)
-        drafter._seen = (mx.array(tokens),)
-        return drafter
-
     def make_cache(self) -> list[Any]:
         return self._model.make_mtp_cache()
 
     def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+        self,
+        prompt_cache: list[Any],
+        num_target_entries: int,
+        num_tokens: int,
+        tokens: Sequence[int] = (),
     ) -> MTPSession:
         own = prompt_cache[num_target_entries:]
         if not _is_usable(own, num_tokens):
@@ -79,7 +72,7 @@ class MTPDrafter:
             prompt_cache[num_target_entries:] = own
         kv_cache, arrays = own
         return MTPSession(
-            self._model, kv_cache, arrays, num_tokens, self._vocabulary, self._seen
+            self._model, kv_cache, arrays, num_tokens, self._vocabulary, tokens
         )
 
 
@@ -97,11 +90,11 @@ class MTPSession:
         arrays: ArraysCache,
         num_tokens: int,
         vocabulary: DraftVocabulary | None = None,
-        seen: Sequence[mx.array] = (),
+        tokens: Sequence[int] = (),
     ):
         self._model = model
         self._vocabulary = vocabulary
-        self._seen = list(seen)
+        self._seen = [mx.array(tokens)] if tokens else []
         self._kv_cache = kv_cache
         self._arrays = arrays
         # Tokens before the head's first pair: a cache filled without the head.
@@ -110,12 +103,20 @@ class MTPSession:
         self._put_off: list[tuple[mx.array, mx.array]] = []
 
     @property
+    def num_put_off(self) -> int:
+        return len(self._put_off)
+
+    @property
     def last_state(self) -> mx.array | None:
         return self._arrays[STATE]
 
     def prefill(
-        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        states: mx.array | None,
+        embeddings: mx.array | None = None,
     ) -> None:
+        assert states is not None
         self._seen.append(tokens)
         if embeddings is None:
             embeddings = self._model.embed(tokens)
@@ -133,10 +134,9 @@ class MTPSession:
         if num_draft_tokens == 0:
             self._put_off.append((tokens, states))
             if len(self._put_off) == MAX_PUT_OFF:
-                self._catch_up()
-                mx.async_eval(self._kv_cache.state)
+                self.catch_up()
             return
-        self._catch_up()
+        self.catch_up()
         hidden = self._see(self._model.embed(tokens)[None], states)[:, -1:]
         for position in range(num_draft_tokens):
             if position:
@@ -146,7 +146,7 @@ class MTPSession:
         self._kv_cache.trim(num_draft_tokens - 1)
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
-        self._catch_up()
+        self.catch_up()
         num_pairs = max(num_tokens - 1 - self._num_unseen, 0)
         self._kv_cache.trim(max(self._kv_cache.offset - num_pairs, 0))
         if last_state is not None:
@@ -154,7 +154,7 @@ class MTPSession:
         if self._arrays[STATE] is not None:
             self._arrays[NUM_TOKENS] = mx.array([[num_tokens]])
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         if not self._put_off:
             return
         tokens, states = zip(*self._put_off, strict=True)
@@ -162,6 +162,7 @@ class MTPSession:
         embeddings = self._model.embed(mx.concatenate(tokens))[None]
         # Only keys and values of the head are ever computed here.
         self._see(embeddings, mx.concatenate(states, axis=1))
+        mx.async_eval(self._kv_cache.state)
 
     @cached_property
     def _project(self) -> Callable[[mx.array], mx.array]:

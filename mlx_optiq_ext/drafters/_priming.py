@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
-from ..mixins._swap import add_mixin
-from ..mixins.qwen3_5 import MTPMixin
-from ._mtp import NUM_TOKENS, STATE, show
+from ..mixins import MTPMixin, add_mixin
+from ._mtp import NUM_TOKENS, STATE, MTPDrafter, show
+from ._protocol import Drafter
 
 
 class PrimingMixin(MTPMixin):
@@ -43,9 +43,15 @@ class PrimingMixin(MTPMixin):
         return self.project(states)
 
 
-def prime_with_calls(model: nn.Module) -> None:
-    """Make every call of a model prime its head, which is attached."""
-    add_mixin(model, PrimingMixin)
+def keep_primed(drafter: Drafter, model: nn.Module) -> None:
+    """Let a drafter follow what a model is called with where no session looks on.
+
+    Args:
+        drafter (Drafter): Of any kind; an MTP head is the one that has to.
+        model (nn.Module): Its target, with the head attached.
+    """
+    if isinstance(drafter, MTPDrafter):
+        add_mixin(model, PrimingMixin)
 
 
 def _prime(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 
 class Proposal(Protocol):
-    """Collects the draft tokens of a round."""
+    """Collects the draft tokens of a round.
+
+    Attributes:
+        vocab_size (int, optional): That of the target; None before it is known.
+    """
+
+    vocab_size: int | None
 
     @property
     def tokens(self) -> list[mx.array]:
@@ -24,8 +31,14 @@ class DraftSession(Protocol):
     """A drafter at work on one sequence.
 
     Invariant: when a call returns, the session has seen exactly the tokens it was
-    given; what it computed for tokens that were only drafted is undone.
+    given, but for those that it put off; what it computed for tokens that were only
+    drafted is undone.
     """
+
+    @property
+    def num_put_off(self) -> int:
+        """How many of the tokens it was given the session has still to process."""
+        ...
 
     @property
     def last_state(self) -> mx.array | None:
@@ -36,14 +49,17 @@ class DraftSession(Protocol):
         ...
 
     def prefill(
-        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        states: mx.array | None,
+        embeddings: mx.array | None = None,
     ) -> None:
         """See tokens of the prompt that the target has processed.
 
         Args:
             tokens (mx.array): Shape ``[num_tokens]``.
-            states (mx.array): What the target made of them,
-              ``[1, num_tokens, hidden]``.
+            states (mx.array, optional): What the target made of them,
+              ``[1, num_tokens, hidden]``; None for a drafter that reads none.
             embeddings (mx.array, optional): What the target read in place of the
               embedded tokens, ``[num_tokens, hidden]``.
         """
@@ -62,12 +78,16 @@ class DraftSession(Protocol):
             tokens (mx.array): The tokens emitted since the last call, shape
               ``[num_tokens]``. The target has not processed the last one.
             states (mx.array): The target's states that predicted them,
-              ``[1, num_tokens, hidden]``; None if they are not known, and then
-              nothing is to be drafted.
+              ``[1, num_tokens, hidden]``; None for a drafter that reads none, or if
+              they are not known, and then nothing is to be drafted.
             num_draft_tokens (int): How many tokens to add. With 0 a session may put
               off what seeing the tokens takes.
             proposal (Proposal): Turns logits into draft tokens.
         """
+        ...
+
+    def catch_up(self) -> None:
+        """Process the tokens that were put off."""
         ...
 
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
@@ -84,10 +104,14 @@ class DraftSession(Protocol):
 class Drafter(Protocol):
     """Proposes tokens for a target.
 
-    ``reads_hidden_states`` drafters need a target with ``hidden_states`` and
-    ``project``; the states of any other target are its logits.
+    Attributes:
+        name (str): The kind of drafter in a word, such as ``"mtp"``; statistics say
+            with it where a token came from.
+        reads_hidden_states (bool): Whether the drafter needs a target with
+            ``hidden_states`` and ``project``.
     """
 
+    name: str
     reads_hidden_states: bool
 
     def make_cache(self) -> list[Any]:
@@ -95,7 +119,11 @@ class Drafter(Protocol):
         ...
 
     def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+        self,
+        prompt_cache: list[Any],
+        num_target_entries: int,
+        num_tokens: int,
+        tokens: Sequence[int] = (),
     ) -> DraftSession:
         """Start on a sequence.
 
@@ -104,5 +132,6 @@ class Drafter(Protocol):
               own if an earlier session left them there. Entries are added in place.
             num_target_entries (int): How many entries are the target's.
             num_tokens (int): Tokens that the target's entries hold.
+            tokens (Sequence[int]): These tokens, as far as they are known.
         """
         ...

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load
 
-from .._checkpoints import Source, read_config
+from .._checkpoints import CONFIG, Source, find_folder, read_config
 from .._errors import SpeculationError
 from .._options import DraftVocab, check_draft_vocab
+from .._record import record_of
 from ..assistants import MODEL_TYPES
-from ..mixins.qwen3_5 import attach_mtp
+from ..heads import MODEL_TYPES as HEAD_OWNERS
+from ..mixins import attach_mtp
 from ._assistant import GemmaAssistantDrafter
 from ._draft_model import DraftModelDrafter
 from ._mtp import MTPDrafter
@@ -53,12 +56,14 @@ class MTPHeadSource:
         return MTPDrafter(model)
 
 
+HEAD_FILE = ".safetensors"
+
 Loader = Callable[[Source], Drafter | Unbound | nn.Module]
 
 # By the model type in config.json, or the suffix of a file. All others are ordinary
 # language models.
 REGISTRY: dict[str, Loader] = {
-    ".safetensors": MTPHeadSource,
+    HEAD_FILE: MTPHeadSource,
     "qwen3_5_mtp": MTPHeadSource,
     "qwen3_5_moe_mtp": MTPHeadSource,
     **dict.fromkeys(MODEL_TYPES, GemmaAssistantDrafter.from_pretrained),
@@ -129,21 +134,57 @@ def is_draft_model(source: Source) -> bool:
         return True
 
 
+def check_draft_model(source: Source) -> None:
+    """See that there is an ordinary language model to be loaded.
+
+    Raises:
+        SpeculationError: If there is none.
+    """
+    folder = find_folder(source)
+    missing = [
+        pattern
+        for pattern in (CONFIG, "model*.safetensors")
+        if not any(folder.glob(pattern))
+    ]
+    if missing:
+        raise SpeculationError(
+            f"Cannot speculate: {source} is no language model, it has no "
+            f"{' and no '.join(missing)}."
+        )
+
+
 def _kind(source: Source) -> str:
+    """The key of ``REGISTRY`` that a checkpoint has, or would have."""
     path = Path(source).expanduser()
-    return path.suffix if path.is_file() else read_config(source).get("model_type", "")
+    if path.is_file():
+        return path.suffix
+    kind = read_config(source).get("model_type", "")
+    if kind in HEAD_OWNERS and path.is_dir() and not _has_trunk(path):
+        return HEAD_FILE
+    return kind
+
+
+def _has_trunk(folder: Path) -> bool:
+    """Whether the weights in a folder are those of a whole language model."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            names = mx.load(str(file)).keys()
+        except (RuntimeError, ValueError):  # mlx-lm's own error says what is wrong.
+            return True
+        if any("embed_tokens." in name for name in names):
+            return True
+    return False
 
 
 def _load_once(source: Source, model: nn.Module) -> Any:
     """Load a drafter, unless it is the one that was last loaded for this target."""
     path = Path(source).expanduser()
     place = str(path.absolute() if path.exists() else source)
-    if getattr(model, "_drafter_loaded_from", None) != place:
-        drafter = REGISTRY.get(_kind(source), _load_model)(place)
-        # Not by nn.Module.__setattr__, which would make a module one of the target's.
-        object.__setattr__(model, "_drafter", drafter)
-        object.__setattr__(model, "_drafter_loaded_from", place)
-    return model._drafter
+    record = record_of(model)
+    if record.drafter_source != place:
+        record.drafter = REGISTRY.get(_kind(source), _load_model)(place)
+        record.drafter_source = place
+    return record.drafter
 
 
 def _load_model(source: Source) -> nn.Module:

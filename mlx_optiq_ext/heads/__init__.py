@@ -1,6 +1,8 @@
 """Where a model's MTP head is stored, and how its tensors become a module.
 
-Of these places the first that holds a head is read:
+Qwen3.5, Qwen3.6 and Qwen3.8 models have such a head, and Ternary-Bonsai-2-27B, whose
+weights are rotated, takes the one of Qwen3.8-27B. The first of these places that holds
+a head is read:
 
 ====================================================  ================================
 place                                                 written by
@@ -10,10 +12,14 @@ place                                                 written by
 ``mtp.safetensors``, ``mtp/weights.safetensors``,     sidecars beside a converted model
 ``model-mtp.safetensors``
 ``mtp.*``, ``language_model.mtp.*`` in the shards     Qwen; converters that keep it
-all of ``*.safetensors``, names without prefix        repositories with just a head
+that the index names, or without an index in
+``model*.safetensors``
+all of ``*.safetensors``, names with or without       repositories with just a head
+prefix
 ====================================================  ================================
 
-A place that is named may also be a ``.safetensors`` file or a Hub id. In each place:
+A place that is named may also be a ``.safetensors`` file or a Hub id. A head may be
+stored in these ways:
 
 * experts fused (``experts.gate_up_proj``), one by one (``experts.0.up_proj``) or as
   mlx-lm has them (``switch_mlp.up_proj``);
@@ -31,11 +37,14 @@ from ._host import (
     check_type,
     dequantize_head,
     dtype_of_states,
+    may_have_head,
     quantization_of,
     quantization_params,
     quantize_head,
 )
+from ._hub import in_hub_cache
 from ._load import load_head
+from ._locate import has_head
 from ._write import add_sidecar
 
 __all__ = [
@@ -48,7 +57,10 @@ __all__ = [
     "dequantize_head",
     "describe_head",
     "dtype_of_states",
+    "has_head",
+    "in_hub_cache",
     "load_head",
+    "may_have_head",
     "quantization_of",
     "quantization_params",
     "quantize_head",

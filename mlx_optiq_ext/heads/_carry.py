@@ -15,18 +15,18 @@ from ._locate import search
 def carry_head(
     sources: Iterable[str | Path], host: Host, config: dict[str, Any]
 ) -> MTPHead | None:
-    """The head of a model in the precision that the model is written in.
+    """Load the head of a model in the precision that the model is written in.
 
-    Layers that are stored quantised stay as they are, like mlx-lm's, unless the model
-    was quantised and is no more.
+    Layers of the head that are stored quantised stay as they are, as those of the model
+    do, unless the model was quantised and is written in full.
 
     Args:
-        sources (Iterable): Folders, files or Hub ids; the first with a head counts.
+        sources (Iterable): Folders, files or Hub ids. The first with a head is read.
         host (Host): The model that is written.
-        config (dict): Its configuration.
+        config (dict): The configuration that is written with it.
 
     Returns:
-        MTPHead, or None if there is no head in any of the sources.
+        MTPHead: The head, or None if there is none in any of the sources.
 
     Raises:
         SpeculationError: If there is a head that cannot be that of the model, or a

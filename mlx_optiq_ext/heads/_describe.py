@@ -1,4 +1,4 @@
-"""What a stored head looks like."""
+"""Describing how a head is stored."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class HeadDescription:
 
     Args:
         files (tuple): The files that it is in.
-        layout (str): The names of its tensors, and how experts are kept.
+        layout (str): How its tensors are named, and how its experts are stored.
         norms (str): ``zero-centred`` or ``absolute``.
-        norms_told_by (str): What tells that.
+        norms_told_by (str): The evidence for this convention.
     """
 
     files: tuple[Path, ...]
@@ -34,7 +34,14 @@ class HeadDescription:
 
 
 def describe_head(source: str | Path) -> HeadDescription:
-    """Describe a whole head; ``source`` and errors are those of ``load_head``."""
+    """Describe a head that can be loaded.
+
+    Args:
+        source (str or Path): As for ``load_head``.
+
+    Raises:
+        SpeculationError: If there is no head, or nothing tells how its norms are.
+    """
     stored = find_head(source)
     evidence = told_norms(stored, rename(stored))
     return HeadDescription(

@@ -1,4 +1,4 @@
-"""The MTP head of Qwen3.5 and Qwen3.6 models."""
+"""The MTP head of Qwen3.5, Qwen3.6 and Qwen3.8 models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class MTPHead(nn.Module):
     first and that the state is the one after the target's last norm.
 
     Args:
-        args (TextModelArgs): The target's, with the sizes of the head's own MLP.
+        args (TextModelArgs): The arguments of the target, with the sizes of the head's
+          own MLP.
     """
 
     def __init__(self, args: TextModelArgs):
@@ -64,9 +65,9 @@ class MTPHead(nn.Module):
 def head_args(
     stored: StoredHead, weights: Tensors, args: TextModelArgs
 ) -> TextModelArgs:
-    """The target's arguments, with the sizes of the head's MLP.
+    """Put the sizes of a head's MLP into the arguments of its target.
 
-    Those are the head's own: a target whose experts were pruned keeps a whole head.
+    They may differ from the target's: pruning its experts leaves the head as it was.
 
     Raises:
         SpeculationError: If one of head and target is a mixture of experts.

@@ -1,4 +1,4 @@
-"""What of a model its head depends on, and the precision that it gives the head."""
+"""The properties of a model that a head is built from, and the head's precision."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from mlx_lm.utils import dequantize_model
 from .._errors import SpeculationError
 from ._head import MTPHead
 
-MODEL_TYPES = ("qwen3_5", "qwen3_5_moe")
-# Group size and bits of each mode, as mlx_lm.convert has them.
+# Qwen3.8 has the type of Qwen3.5. The last is that of models whose weights are rotated.
+MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "prism_hadamard_qwen35")
+# Group size and bits of each mode, which are the defaults of mlx_lm.convert.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
-# They choose the experts and are small, so they stay in full. mlx-lm gives those of a
-# model 8 bits, but then mlx-optiq could not read the head: it knows one number of bits.
+# Routers choose the experts and are small, so they stay in full. mlx-lm gives those of
+# a model 8 bits; mlx-optiq could not read a head that has layers of other bits too.
 _ROUTERS = ("mlp.gate", "mlp.shared_expert_gate")
 
 Params = dict[str, Any]
@@ -28,13 +29,15 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Host:
-    """What of a model its head depends on. It outlasts the model's weights.
+    """The properties of a model that its head is built from.
+
+    A host stays valid when the weights of the model are gone.
 
     Args:
-        args (TextModelArgs): The model's own.
-        dtype (mx.Dtype): Of its states.
-        quantization (dict, optional): How most linear layers of its last layer with
-          full attention are quantised.
+        args (TextModelArgs): The arguments of the model that reads text.
+        dtype (mx.Dtype): The type of the model's states.
+        quantization (dict, optional): What linear layers of a head for this model are
+          quantised with. None if they are kept in full.
     """
 
     args: TextModelArgs
@@ -43,46 +46,74 @@ class Host:
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
-        """What the head of a model depends on.
+        """Find the properties of a model, which is not run.
 
         Raises:
             SpeculationError: If the model is of a family without such heads.
         """
         check_type(model)
-        text_model = model.language_model
-        layers = (x for x in reversed(text_model.layers) if not x.is_linear)
-        # One for all, also if they differ: mlx-optiq cannot read a head of several.
-        params = usual_params(quantization_of(next(layers, nn.Module())))
-        return cls(text_model.args, dtype_of_states(model), params)
-
-
-def check_type(model: nn.Module) -> None:
-    """Raise SpeculationError unless a model is one that has an MTP head."""
-    if not isinstance(model, qwen3_5.Model):
-        name = getattr(model, "model_type", type(model).__name__)
-        raise SpeculationError(
-            f"Cannot speculate with an MTP head: the model is of type {name}, and only "
-            f"{' and '.join(MODEL_TYPES)} have a head that is supported."
+        return cls(
+            model.language_model.args, dtype_of_states(model), _head_params(model)
         )
 
 
+def may_have_head(model: nn.Module) -> bool:
+    """Whether a model is of a family whose models have an MTP head."""
+    return isinstance(model, qwen3_5.Model)
+
+
+def check_type(model: nn.Module) -> None:
+    """Raise SpeculationError unless a model may have an MTP head."""
+    if not may_have_head(model):
+        name = getattr(model, "model_type", type(model).__name__)
+        raise SpeculationError(
+            f"Cannot speculate with an MTP head: the model is of type {name}, and only "
+            f"{', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} have a head that is "
+            "supported."
+        )
+
+
+def _head_params(model: nn.Module) -> Params | None:
+    """How the head of a model is quantised: as its last layer with attention is.
+
+    Where the layers of that differ, the head is quantised as most of them are, since
+    mlx-optiq cannot read a head of several kinds. Weights that are rotated bear fewer
+    bits than those of a head, which gets the default of mlx_lm.convert instead.
+    """
+    layers = (x for x in reversed(model.language_model.layers) if not x.is_linear)
+    params = usual_params(quantization_of(next(layers, nn.Module())))
+    if params is None or params["mode"] in MODES:
+        return params
+    group_size, bits = MODES["affine"]
+    return {"group_size": group_size, "bits": bits, "mode": "affine"}
+
+
 def dtype_of_states(model: nn.Module) -> mx.Dtype:
-    """The type of a model's states; a quantised one's weights do not tell."""
-    states = model.language_model.model(mx.zeros((1, 1), mx.int32))
-    return states.dtype  # Without evaluating them.
+    """The type of a model's states, which the weights of a quantised one do not tell.
+
+    The states are built and never evaluated.
+    """
+    return model.language_model.model(mx.zeros((1, 1), mx.int32)).dtype
 
 
 def quantization_of(module: nn.Module) -> dict[str, Params]:
-    """How the quantised modules in a module are, by their path."""
+    """How the quantised modules in a module are quantised, by their path.
+
+    In the place of a mode, a module that is not one of MLX's has the name of its class.
+    """
     return {
-        path: {"group_size": x.group_size, "bits": x.bits, "mode": x.mode}
+        path: {
+            "group_size": x.group_size,
+            "bits": x.bits,
+            "mode": getattr(x, "mode", type(x).__name__),
+        }
         for path, x in module.named_modules()
         if hasattr(x, "bits")
     }
 
 
 def usual_params(by_path: dict[str, Params]) -> Params | None:
-    """What most modules are quantised with, None if none is."""
+    """What most of these modules are quantised with, None if there are none."""
     counts = Counter(tuple(params.items()) for params in by_path.values())
     return dict(counts.most_common(1)[0][0]) if counts else None
 
@@ -90,11 +121,13 @@ def usual_params(by_path: dict[str, Params]) -> Params | None:
 def quantization_params(
     head: MTPHead, bits: int | None, group_size: int | None, mode: str
 ) -> Params:
-    """What to quantise a head with, as asked for and by default.
+    """Complete the parameters that a head is to be quantised with.
 
     Args:
         head (MTPHead): The head, not quantised.
-        bits, group_size (int, optional): Default: those of the mode.
+        bits (int, optional): Bits of each weight. Default: those of the mode.
+        group_size (int, optional): Weights that share a scale. Default: that of the
+          mode.
         mode (str): One of ``MODES``.
 
     Raises:
@@ -122,11 +155,13 @@ def quantization_params(
 def quantize_head(head: MTPHead, params: Params | None) -> MTPHead:
     """Quantise, in place, the linear layers of a head's layer that are in full.
 
-    ``fc``, norms and routers stay in full, and what the groups do not divide.
+    ``fc``, norms and routers stay in full, and so do layers whose inputs the groups do
+    not divide.
 
     Args:
         head (MTPHead): The head.
-        params (dict, optional): With what. Default: leave it in full.
+        params (dict, optional): Group size, bits and mode. Default: the head is left as
+          it is.
 
     Raises:
         ValueError: If MLX does not know such a quantisation.

@@ -25,7 +25,7 @@ class HubRepo:
 
 
 def parse_repo_id(name: str) -> HubRepo | None:
-    """The repository that ``ORG/NAME`` stands for."""
+    """The repository that ``ORG/NAME`` stands for, None if a name is not like that."""
     return HubRepo(name) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
 
 
@@ -36,6 +36,11 @@ def repo_of_snapshot(folder: Path) -> HubRepo | None:
     if folder.parent.name != "snapshots" or kind != "models" or not names:
         return None
     return HubRepo("/".join(names), folder.name, repo_folder.parent)
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder is a cached snapshot, which nobody but the client changes."""
+    return repo_of_snapshot(folder.absolute()) is not None
 
 
 def cached_snapshot(repo: HubRepo) -> Path | None:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3_5 import TextModelArgs
 
 from .._random_state import random_state_kept
+from ._config import text_config
 from ._head import MTPHead, head_args
 from ._layouts import rename
 from ._locate import StoredHead, Tensors, find_head
@@ -18,14 +19,14 @@ from ._quantization import match_quantization, quantize_as_declared
 
 
 def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHead:
-    """Load the MTP head of a Qwen3.5 or Qwen3.6 model.
+    """Load the MTP head of a Qwen3.5, Qwen3.6 or Qwen3.8 model.
 
     Args:
         source (str or Path): The model's folder, or another folder, ``.safetensors``
           file or Hub id with its head.
-        args (TextModelArgs): The model's own.
-        dtype (mx.Dtype): Of the model's states. The head is cast to it: were its
-          weights wider, all that follows would be computed in their type.
+        args (TextModelArgs): The arguments of the model that reads text.
+        dtype (mx.Dtype): The type of the model's states. The head is cast to it: wider
+          weights would have everything after them computed in their type.
 
     Raises:
         SpeculationError: If there is no head, or not one for this model.
@@ -34,17 +35,23 @@ def load_head(source: str | Path, args: TextModelArgs, dtype: mx.Dtype) -> MTPHe
 
 
 def build_head(stored: StoredHead, args: TextModelArgs, dtype: mx.Dtype) -> MTPHead:
-    """Make a head of the tensors that were found; arguments as ``load_head``'s.
+    """Make a head of the tensors that were found.
+
+    Args:
+        stored (StoredHead): The tensors.
+        args (TextModelArgs), dtype (mx.Dtype): As for ``load_head``.
 
     Raises:
-        SpeculationError: If it is not one for this model.
+        SpeculationError: If it is not a head for this model.
     """
     weights = rename(stored)
     _check_kind(stored, weights)
     with random_state_kept():
         head = MTPHead(head_args(stored, weights, args))
         _check_tensors(stored, head, weights)
+        _check_vocabulary(stored, args)
         match_quantization(stored, head, weights)
+    _check_numbers(stored, weights)
     weights = {
         name: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x
         for name, x in restore_norms(stored, weights).items()
@@ -63,7 +70,7 @@ def _fill(stored: StoredHead, head: MTPHead, weights: Tensors) -> None:
 
 
 def _check_kind(stored: StoredHead, weights: Tensors) -> None:
-    config = stored.config.get("text_config") or stored.config
+    config = text_config(stored.config)
     num_layers = config.get("mtp_num_hidden_layers") or 1
     if num_layers > 1 or any(re.match(r"layers\.[1-9]", name) for name in weights):
         raise stored.error("it has more than one layer, and only one is supported.")
@@ -72,7 +79,39 @@ def _check_kind(stored: StoredHead, weights: Tensors) -> None:
     if "fc_embedding.weight" in weights or "fc_hidden.weight" in weights:
         raise stored.error(
             "it has fc_embedding and fc_hidden in place of fc, so it is of a kind "
-            "newer than Qwen3.5 and Qwen3.6, which is not supported."
+            "newer than that of Qwen3.5, Qwen3.6 and Qwen3.8, which is not supported."
+        )
+
+
+def _check_vocabulary(stored: StoredHead, args: TextModelArgs) -> None:
+    """Compare what a head says of the model that it was trained with.
+
+    None of its tensors tells: it has no embeddings.
+    """
+    found = text_config(stored.config).get("vocab_size")
+    if found is not None and found != args.vocab_size:
+        raise stored.error(
+            f"the config.json beside it has a vocab_size of {found}, and the model of "
+            f"{args.vocab_size}, so it is the head of another model. The right one may "
+            "be passed with --mtp PATH."
+        )
+
+
+def _check_numbers(stored: StoredHead, weights: Tensors) -> None:
+    """Raise SpeculationError if there is a NaN or an infinity; it spoils every draft.
+
+    The norms come after this: such values would say wrong things of them.
+    """
+    names = [n for n, x in weights.items() if mx.issubdtype(x.dtype, mx.floating)]
+    try:
+        finite = mx.stack([mx.isfinite(weights[name]).all() for name in names]).tolist()
+    except RuntimeError as exc:
+        raise stored.error(f"its tensors cannot be read: {exc}") from exc
+    damaged = [name for name, is_ok in zip(names, finite, strict=True) if not is_ok]
+    if damaged:
+        raise stored.error(
+            _list("some of its values are not finite numbers", damaged)
+            + "It is damaged: download it again, or pass another head with --mtp PATH."
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import mlx.core as mx
 
 from .._errors import SpeculationError
 from . import _hub
+from ._config import block
 
 SIDECARS = (
     "optiq/mtp.safetensors",
@@ -21,14 +24,17 @@ SIDECARS = (
     "model-mtp.safetensors",
 )
 _PREFIX = re.compile(r"(?:(?:model|language_model)\.)*mtp\.")
-_UNPREFIXED = "pre_fc_norm_hidden.weight"  # In no model but an MTP head.
+_UNPREFIXED = "pre_fc_norm_hidden.weight"  # Only MTP heads have such a tensor.
+_CONVOLUTION = "conv1d.weight"
 
 Tensors = dict[str, mx.array]
+# The arrays and the metadata of files.
+Loaded = dict[Path, tuple[Tensors, dict[str, str]]]
 
 
 @dataclass(frozen=True)
 class StoredHead:
-    """A head as it is stored; nothing is read from the files before it is used.
+    """A head as it is stored. Its arrays are read from the files when they are used.
 
     Args:
         tensors (dict): Arrays by their name without prefix, such as ``fc.weight``.
@@ -48,7 +54,7 @@ class StoredHead:
     trunk_is_raw: bool | None
 
     def error(self, reason: str) -> SpeculationError:
-        """What to raise when this head cannot be used."""
+        """Make the error that says why this head cannot be used."""
         files = ", ".join(map(str, self.files))
         return SpeculationError(
             f"Cannot speculate with the MTP head in {files}: {reason}"
@@ -72,10 +78,13 @@ def find_head(source: str | Path) -> StoredHead:
 
 
 def search(source: str | Path) -> tuple[Path, StoredHead | None]:
-    """Where a head was looked for in the end, and the head if it is there.
+    """Search a place for a head.
 
     Args:
         source (str or Path): As for ``find_head``.
+
+    Returns:
+        tuple: The file or folder that was searched last, and the head or None.
 
     Raises:
         SpeculationError: If there is no such place, or its files cannot be read.
@@ -87,15 +96,29 @@ def search(source: str | Path) -> tuple[Path, StoredHead | None]:
     return _search_folder(source, path)
 
 
+def has_head(source: str | Path) -> bool:
+    """Whether a place has an MTP head, be it a good one or not.
+
+    Args:
+        source (str or Path): As for ``find_head``.
+
+    Raises:
+        SpeculationError: If there is no such place, or its files cannot be read.
+    """
+    return search(source)[1] is not None
+
+
 def sidecar_names(config: Mapping[str, Any]) -> list[str]:
     """Where beside a model its head may be, most specific first."""
-    declared = (config.get("mlx_lm_extra_tensors") or {}).get("mtp_file")
-    return [declared, *SIDECARS] if declared else [*SIDECARS]
+    declared = block(config, "mlx_lm_extra_tensors").get("mtp_file")
+    if isinstance(declared, str) and declared:
+        return [declared, *SIDECARS]
+    return [*SIDECARS]
 
 
 def indexed_shards(folder: Path) -> list[str]:
     """The shards that, says the index of a model, hold its head."""
-    weight_map = _read_json(folder / _hub.INDEX, default={}).get("weight_map", {})
+    weight_map = _read_weight_map(folder)
     return sorted({file for name, file in weight_map.items() if _PREFIX.match(name)})
 
 
@@ -139,13 +162,53 @@ def _search(folder: Path) -> StoredHead | None:
     for name in sidecar_names(config):
         if (folder / name).is_file() and (head := _read([folder / name], config)):
             return head
-    if any(not (folder / name).is_file() for name in indexed_shards(folder)):
-        return None  # Half a head is no head.
-    return _read(sorted(folder.glob("*.safetensors")), config)
+    if shards := indexed_shards(folder):
+        files = [folder / name for name in shards]
+        if not all(file.is_file() for file in files):
+            return None  # The missing shard may still be on the Hub.
+        return _read(files, config, beside=_files_with_convolutions(folder))
+    return _search_unindexed(folder, config)
 
 
-def _read(files: list[Path], config: dict[str, Any]) -> StoredHead | None:
+def _files_with_convolutions(folder: Path) -> list[Path]:
+    """A shard of the trunk that tells how the trunk is stored, as a list."""
+    weight_map = _read_weight_map(folder).items()
+    names = (file for name, file in weight_map if name.endswith(_CONVOLUTION))
+    return [folder / name for name in islice(names, 1)]
+
+
+def _search_unindexed(folder: Path, config: dict[str, Any]) -> StoredHead | None:
+    """Search the files of a folder, those that mlx-lm would load before any other."""
+    for files in ([folder / "model.safetensors"], folder.glob("model*.safetensors")):
+        present = sorted(file for file in files if file.is_file())
+        if head := _read(present, config, beside=present):
+            return head
+    others = sorted(folder.glob("*.safetensors"))
+    loaded = _load_readable(others)
+    head = _stored_head(loaded, config, loaded)
+    if head is None:
+        for file in others:
+            _load(file)  # Raises what is wrong with the one that may have held it.
+    return head
+
+
+def _read(
+    files: Iterable[Path], config: dict[str, Any], beside: Iterable[Path] = ()
+) -> StoredHead | None:
+    """Read the head in some files, all of which have to be whole.
+
+    Args:
+        files (Iterable): What may hold the head.
+        config (dict): The configuration beside them.
+        beside (Iterable): What may tell how the trunk is stored, whole or not.
+    """
     loaded = {file: _load(file) for file in files}
+    return _stored_head(loaded, config, _load_readable(beside) | loaded)
+
+
+def _stored_head(
+    loaded: Loaded, config: dict[str, Any], with_trunk: Loaded
+) -> StoredHead | None:
     tensors = {file: _without_prefix(arrays) for file, (arrays, _) in loaded.items()}
     is_prefixed = any(tensors.values())
     if not is_prefixed and any(_UNPREFIXED in arrays for arrays, _ in loaded.values()):
@@ -154,15 +217,28 @@ def _read(files: list[Path], config: dict[str, Any]) -> StoredHead | None:
     if not holders:
         return None
     return StoredHead(
-        tensors={name: x for arrays in holders.values() for name, x in arrays.items()},
+        tensors=_merge(holders),
         files=tuple(holders),
         config=config,
         is_prefixed=is_prefixed,
         is_mlx_format=all(loaded[file][1].get("format") == "mlx" for file in holders),
-        trunk_is_raw=_trunk_is_raw(
-            {file: arrays for file, (arrays, _) in loaded.items()}, holders
-        ),
+        trunk_is_raw=_trunk_is_raw(with_trunk, holders),
     )
+
+
+def _merge(holders: dict[Path, Tensors]) -> Tensors:
+    merged: Tensors = {}
+    homes: dict[str, Path] = {}
+    for file, arrays in holders.items():
+        for name, array in arrays.items():
+            if name in merged:
+                raise SpeculationError(
+                    f"Cannot speculate: of the MTP head, {name} is in both "
+                    f"{homes[name]} and {file}. Remove the file that is not the "
+                    "model's, or pass the right one with --mtp PATH."
+                )
+            merged[name], homes[name] = array, file
+    return merged
 
 
 def _without_prefix(arrays: Tensors) -> Tensors:
@@ -170,21 +246,28 @@ def _without_prefix(arrays: Tensors) -> Tensors:
     return {name[m.end() :]: arrays[name] for name, m in matches.items() if m}
 
 
-def _trunk_is_raw(loaded: dict[Path, Tensors], holders: Iterable[Path]) -> bool | None:
+def _trunk_is_raw(loaded: Loaded, holders: Iterable[Path]) -> bool | None:
     """How the trunk is stored, by the convolutions that every converter transposes.
 
     A raw trunk means that nothing was converted. A converted one tells nothing about a
     head in another file, which may have been added later.
     """
     is_raw = {
-        file: [
-            x.shape[-1] != 1 for n, x in arrays.items() if n.endswith("conv1d.weight")
-        ]
-        for file, arrays in loaded.items()
+        file: [x.shape[-1] != 1 for n, x in arrays.items() if n.endswith(_CONVOLUTION)]
+        for file, (arrays, _) in loaded.items()
     }
     if any(any(shapes) for shapes in is_raw.values()):
         return True
     return False if any(is_raw[file] for file in holders) else None
+
+
+def _load_readable(files: Iterable[Path]) -> Loaded:
+    """Load the files that can be read, and leave out the others."""
+    loaded: Loaded = {}
+    for file in files:
+        with suppress(SpeculationError):
+            loaded[file] = _load(file)
+    return loaded
 
 
 def _load(file: Path) -> tuple[Tensors, dict[str, str]]:
@@ -207,11 +290,25 @@ def _read_json(file: Path, default: dict[str, Any] | None = None) -> dict[str, A
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, found {type(content).__name__}")
     except (OSError, ValueError) as exc:
-        raise SpeculationError(
-            f"Cannot speculate: {file} is needed to find the MTP head and cannot be "
-            f"read ({exc})."
-        ) from exc
+        raise _unreadable(file, exc) from exc
     return content
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    """Which file has a tensor, by its name; empty if a model has no index."""
+    file = folder / _hub.INDEX
+    found = _read_json(file, default={}).get("weight_map", {})
+    is_map = isinstance(found, dict)
+    if not is_map or not all(isinstance(name, str) for name in found.values()):
+        raise _unreadable(file, "expected names of files by name of tensor")
+    return found
+
+
+def _unreadable(file: Path, reason: object) -> SpeculationError:
+    return SpeculationError(
+        f"Cannot speculate: {file} is needed to find the MTP head and cannot be "
+        f"read ({reason})."
+    )
 
 
 def _not_found(path: Path) -> SpeculationError:

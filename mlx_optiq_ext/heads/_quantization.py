@@ -8,9 +8,11 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import infer_quant_config
 
+from ._config import block
 from ._locate import StoredHead, Tensors
 
-# What the names of quantised layers start with.
+_BLOCK = "mtplx_mtp_quantization"
+# Each policy quantises the layers whose names have this prefix.
 _POLICIES = {"cyankiwi": "layers.", "all": ""}
 
 Predicate = Callable[[str, nn.Module], dict[str, Any] | bool]
@@ -56,19 +58,15 @@ def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
     ``mtplx_mtp_quantization`` asks for that with ``"prequantized": false``.
 
     Raises:
-        SpeculationError: If the policy in that block is unknown.
+        SpeculationError: If that block asks for something that is not known.
     """
-    block = stored.config.get("mtplx_mtp_quantization") or {}
-    if block.get("prequantized") is not False:
+    declared = block(stored.config, _BLOCK)
+    if declared.get("prequantized") is not False:
         return
-    prefix = _POLICIES.get(policy := block.get("policy", "cyankiwi"))
-    if prefix is None:
-        raise stored.error(
-            f"mtplx_mtp_quantization in config.json has the policy {policy!r}, expected"
-            f" one of {', '.join(_POLICIES)}."
-        )
-    params = {"group_size": 64, "bits": 4, "mode": "affine"}
-    params |= {name: block[name] for name in params.keys() & block.keys()}
+    prefix = _declared_prefix(stored, declared)
+    params: dict[str, Any] = {"group_size": 64, "bits": 4, "mode": "affine"}
+    for name in params.keys() & declared.keys():
+        params[name] = _declared_value(stored, name, declared[name], type(params[name]))
 
     def declared_params(path: str, module: nn.Module) -> dict[str, Any] | bool:
         return (
@@ -79,6 +77,28 @@ def quantize_as_declared(stored: StoredHead, head: nn.Module) -> None:
         )
 
     _quantize(stored, head, declared_params)
+
+
+def _declared_value(
+    stored: StoredHead, name: str, value: Any, expected: type
+) -> int | str:
+    is_number = type(value) is int and value > 0
+    if not (is_number if expected is int else isinstance(value, str)):
+        kind = "a positive whole number" if expected is int else "a name"
+        raise stored.error(
+            f"{_BLOCK} in config.json has {value!r} as {name}, expected {kind}."
+        )
+    return value
+
+
+def _declared_prefix(stored: StoredHead, declared: dict[str, Any]) -> str:
+    policy = declared.get("policy", "cyankiwi")
+    if not isinstance(policy, str) or policy not in _POLICIES:
+        raise stored.error(
+            f"{_BLOCK} in config.json has the policy {policy!r}, expected"
+            f" one of {', '.join(_POLICIES)}."
+        )
+    return _POLICIES[policy]
 
 
 def _quantize(stored: StoredHead, head: nn.Module, predicate: Predicate) -> None:

@@ -21,16 +21,19 @@ different numbers of bits.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ._config import block, text_config
 from ._head import MTPHead
 from ._host import Params, quantization_of, usual_params
 from ._hub import CONFIG
@@ -57,7 +60,7 @@ def add_sidecar(folder: Path, head: MTPHead) -> Path:
         Path: The file with the head.
 
     Raises:
-        OSError: If a file cannot be written.
+        OSError: If a file cannot be written. The error names it.
     """
     for left_over in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -66,39 +69,56 @@ def add_sidecar(folder: Path, head: MTPHead) -> Path:
         staging = Path(name)
         (staging / FOLDER).mkdir()
         for file in (CONFIG, COPY):
-            (staging / file).write_text(json.dumps(config, indent=4), encoding="utf-8")
+            with _named(folder / file):
+                text = json.dumps(config, indent=4)
+                (staging / file).write_text(text, encoding="utf-8")
         weights = {f"mtp.{n}": x for n, x in tree_flatten(head.parameters())}
-        mx.save_safetensors(str(staging / HEAD), weights, {"format": "mlx"})
+        with _named(folder / HEAD):
+            mx.save_safetensors(str(staging / HEAD), weights, {"format": "mlx"})
         _move(staging, folder, (CONFIG, COPY, HEAD))
     return folder / HEAD
 
 
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Have errors name the file that was to be written in the end.
+
+    Those of a full disk name no file, and MLX's are no OSError.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as exc:
+        code = getattr(exc, "errno", None) or errno.EIO
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise OSError(code, reason, str(file)) from exc
+
+
 def declare(config: dict[str, Any], head: MTPHead) -> dict[str, Any]:
-    """The configuration of a model, saying that a head is beside it.
+    """Make a configuration say that a head is beside the model, and return it.
 
     Args:
-        config (dict): The model's, which is left alone.
+        config (dict): The model's configuration, which is not changed.
         head (MTPHead): The head.
     """
     config = {name: value for name, value in config.items() if name != _BLOCK}
-    extra = config.get("mlx_lm_extra_tensors") or {}
+    extra = block(config, "mlx_lm_extra_tensors")
     config["mlx_lm_extra_tensors"] = extra | {"mtp_file": HEAD}
-    text_config = config.get("text_config") or config
-    if not text_config.get("mtp_num_hidden_layers"):
-        changed = text_config | {"mtp_num_hidden_layers": 1}
-        config = changed if text_config is config else config | {"text_config": changed}
-    block = _quantization_block(config, head)
-    return config | {_BLOCK: block} if block else config
+    text = text_config(config)
+    if not text.get("mtp_num_hidden_layers"):
+        changed = dict(text, mtp_num_hidden_layers=1)
+        config = changed if text is config else config | {"text_config": changed}
+    declared = _quantization_block(config, head)
+    return config | {_BLOCK: declared} if declared else config
 
 
 def _quantization_block(config: dict[str, Any], head: MTPHead) -> Params | None:
-    """How a head is quantised, None if it is not or the model's own block says so."""
+    """How a head is quantised, None if it is in full or as the model's block says."""
     by_path = quantization_of(head)
     usual = usual_params(by_path)
     if usual is None:
         return None
     others = {f"mtp.{path}": x for path, x in by_path.items() if x != usual}
-    model = {"mode": "affine"} | (config.get("quantization") or {})
+    model = {"mode": "affine"} | block(config, "quantization")
     is_models_own = not others and usual == {name: model.get(name) for name in usual}
     if is_models_own and "switch_mlp" in head.layers[0].mlp:
         return None

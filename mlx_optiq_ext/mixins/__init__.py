@@ -1,1 +1,13 @@
 """What mlx-lm's model classes gain, one module per family."""
+
+from ._swap import add_mixin
+from .gemma4 import SharedKVMixin, attach_shared_kv
+from .qwen3_5 import MTPMixin, attach_mtp
+
+__all__ = [
+    "MTPMixin",
+    "SharedKVMixin",
+    "add_mixin",
+    "attach_mtp",
+    "attach_shared_kv",
+]

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.utils import get_total_parameters
 
 from .._errors import SpeculationError
+from .._record import record_of
 from ..heads import MTPHead, check_type, dtype_of_states, load_head
 from ._swap import add_mixin
 
@@ -24,13 +25,11 @@ class MTPMixin:
     """A Qwen3.5 model with its MTP head attached."""
 
     language_model: Any
-    _mtp: MTPHead
-    _mtp_loaded_from: str
 
     @property
     def mtp(self) -> MTPHead:
         """The attached head."""
-        return self._mtp
+        return record_of(self).head
 
     @property
     def num_entries(self) -> int:
@@ -105,13 +104,12 @@ def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
     """
     check_type(model)
     place = _place(model, source)
-    if getattr(model, "_mtp_loaded_from", None) == place:
-        return model._mtp
+    record = record_of(model)
+    if record.head_source == place:
+        return record.head
     _check_is_whole(model)
     head = load_head(place, model.language_model.args, dtype_of_states(model))
-    # Not by nn.Module.__setattr__, which would make the head one of the submodules.
-    object.__setattr__(model, "_mtp", head)
-    object.__setattr__(model, "_mtp_loaded_from", place)
+    record.head, record.head_source = head, place
     add_mixin(model, MTPMixin)
     if get_total_parameters(model) < _MIN_NUM_PARAMETERS:
         _warn_of_small_model()
@@ -132,7 +130,7 @@ def _check_is_whole(model: nn.Module) -> None:
 
 def _place(model: nn.Module, source: str | Path | None) -> str:
     if source is None:
-        source = getattr(model, "_mtp_source", None)
+        source = record_of(model).source
     if source is None:
         raise SpeculationError(
             "Cannot speculate with an MTP head: it is not known where the model came "

@@ -10,7 +10,8 @@ from typing import Any
 from mlx_lm import server
 
 from .. import serving
-from ._request import CommandLineRequest, command_line
+from ._request import Request, current
+from .server import INTERRUPTED, end_process
 
 
 class Server(ThreadingHTTPServer):
@@ -23,12 +24,24 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class CommandServer(Server):
+    """The server of mlx-lm's command, which ends as a program does."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        try:
+            super().serve_forever(poll_interval)
+        except KeyboardInterrupt:
+            # mlx-lm would wait for the end of a generation that nobody reads any more.
+            end_process(*INTERRUPTED)
+
+
 class Handler(server.APIHandler):
     """Answers every request by the table of routes."""
 
     timeout = serving.IDLE_TIMEOUT
     # Set while a request is being answered.
     exchange: Any = None
+    requestline: str = ""
 
     def answer(self) -> None:
         serving.serve(self)
@@ -49,6 +62,10 @@ class Handler(server.APIHandler):
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         if self.exchange is not None:
             self.exchange.measured.status = int(code)
+        # Queries carry tokens, which nobody expects in a log.
+        line, _, rest = str(self.requestline).partition("?")
+        version = rest.rpartition(" ")[2]
+        self.requestline = serving.printable(f"{line} {version}".strip())
         super().log_request(code, size)
 
 
@@ -80,14 +97,14 @@ class Generator(server.ResponseGenerator):
     def _serve_single(self, request: Any, stream: Any) -> None:
         *_, arguments = request
         arguments.is_single = True
-        token = command_line.set(_drafting(self.model_provider.model, arguments))
+        token = current.set(_drafting(self.model_provider.model, arguments))
         try:
             super()._serve_single(request, stream)
         finally:
-            command_line.reset(token)
+            current.reset(token)
 
 
-def _drafting(model: Any, arguments: Any) -> CommandLineRequest | None:
+def _drafting(model: Any, arguments: Any) -> Request | None:
     """What ``stream_generate`` is asked for on behalf of a request."""
     served = serving.speculation_of(model)
     if served is None:
@@ -95,24 +112,31 @@ def _drafting(model: Any, arguments: Any) -> CommandLineRequest | None:
     options = serving.options_of(arguments)
     if options.num_draft_tokens == 0:
         return None
-    return CommandLineRequest(
+    return Request(
         draft=served.drafter,
         num_draft_tokens=options.num_draft_tokens,
         stats=options.stats,
     )
 
 
-def serve(host: str, port: int, provider: Any) -> None:
+def serve(host: str, port: int, provider: Any, *, is_command: bool) -> None:
     """Serve until the process is interrupted.
 
     Args:
         host (str): Of the address to listen at.
         port (int): And its port.
         provider (ModelProvider): mlx-lm's.
+        is_command (bool): Whether this is mlx-lm's command, not some other program.
     """
-    prompt_cache = server.LRUPromptCache(provider.cli_args.prompt_cache_size)
+    cli_args = provider.cli_args
+    # Processes that share a model must keep the same, so theirs is left as it is.
+    if is_command and not provider.is_distributed:
+        prompt_cache: Any = serving.PromptCache.of(cli_args)
+    else:
+        prompt_cache = server.LRUPromptCache(cli_args.prompt_cache_size)
     generator = Generator(provider, prompt_cache)
     if generator._rank == 0:
-        server._run_http_server(host, port, generator, Server, Handler)
+        server_class = CommandServer if is_command else Server
+        server._run_http_server(host, port, generator, server_class, Handler)
     else:
         generator.join()

@@ -1,4 +1,4 @@
-"""Whether a call of mlx-lm asks for speculation; cheap, for every call passes here."""
+"""What a call of mlx-lm asks for; cheap, for every call passes here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ DRAFT_MODEL_POSITION = 4  # of stream_generate's positional arguments
 
 
 @dataclass
-class CommandLineRequest:
-    """What the command line asked for, or a server on behalf of a request.
+class Request:
+    """What a command line asks for, or a server on behalf of one of its requests.
 
     Args:
         mtp, draft, num_draft_tokens, draft_vocab: As the arguments of ``generate``.
@@ -31,15 +31,24 @@ class CommandLineRequest:
     def is_speculative(self) -> bool:
         return bool(self.mtp) or self.draft is not None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of ``generate`` that mean the same."""
+        return {
+            "mtp": self.mtp,
+            "draft": self.draft,
+            "num_draft_tokens": self.num_draft_tokens,
+            "draft_vocab": self.draft_vocab,
+        }
 
-command_line: ContextVar[CommandLineRequest | None] = ContextVar(
-    "command_line", default=None
-)
+
+# Set where what mlx-lm calls itself has no argument that could carry the request.
+current: ContextVar[Request | None] = ContextVar("current", default=None)
 
 
 def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether neither the arguments nor the command line mention speculation."""
-    request = command_line.get()
+    request = current.get()
     return (
         "mtp" not in kwargs
         and "draft" not in kwargs

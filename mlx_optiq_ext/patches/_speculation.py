@@ -17,11 +17,10 @@ from mlx_lm.models.cache import (
 )
 
 from .._options import NumDraftTokens, check_num_draft_tokens
-from ..decoding import SpeculationStats, spec_generate_step
-from ..decoding._decoder import Token
+from ..decoding import SpeculationStats, Token, spec_generate_step
 from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter, limit_drafts
-from ..mixins.qwen3_5 import attach_mtp
-from ._request import command_line
+from ..mixins import attach_mtp
+from ._request import current
 
 # mlx-lm drops these where there is a draft model, or refuses them.
 CARRIED_OPTIONS = ("max_kv_size", "prompt_progress_callback", "input_embeddings")
@@ -90,11 +89,10 @@ def take_request(
     draft_model = options.get("draft_model")
     if isinstance(draft_model, Speculation):
         return draft_model
-    request = command_line.get()
-    stats = None
+    request, stats = current.get(), None
     if request is not None and request.is_speculative:
-        options |= vars(request)
-        stats = options.pop("stats")
+        options |= request.options
+        stats = request.stats
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
     draft_vocab = options.pop("draft_vocab", None)
     if mtp is False:

@@ -46,6 +46,8 @@ def _server() -> tuple[Patch, ...]:
     seams: dict[str, tuple[str, tuple[str, ...]]] = {
         "run": ("run", ("host", "port", "model_provider")),
         "_make_logits_processors": ("logits_processors", ("args",)),
+        "ModelProvider.load": ("load", ("model_path",)),
+        "ModelProvider.load_default": ("load_default", ()),
         "scan_cache_dir": ("scan_cache_dir", ()),
         "main": ("main", ()),
     }
@@ -65,7 +67,6 @@ def _batching() -> tuple[Patch, ...]:
             ("segments", "caches"),
         ),
         ("server", "ModelProvider._load"): ("load_served", ("draft_model_path",)),
-        ("server", "ModelProvider.load_default"): ("load_default", ()),
     }
     return tuple(
         Patch(f"mlx_lm.{module}", attribute, f"{wrappers}:{wrapper}", parameters)
@@ -117,6 +118,12 @@ PATCHES: tuple[Patch, ...] = (
         "gated_delta_update",
         f"{_HERE}.models:gated_delta_update",
         ("q", "k", "v", "a", "b", "state"),
+    ),
+    Patch(
+        "mlx_lm.models.base",
+        "scaled_dot_product_attention",
+        f"{_HERE}.models:scaled_dot_product_attention",
+        ("queries", "keys", "values", "cache", "scale", "mask", "sinks"),
     ),
     *_command_line("generate"),
     *_command_line("chat"),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from packaging.specifiers import SpecifierSet
-
-SUPPORTED = ">=0.32.0,<0.33"
+# All the tests pass with each of these, from the oldest to the newest; see
+# scripts/test_versions.py. pyproject.toml requires the same.
+SUPPORTED = ("0.32.0", "0.32.1", "0.32.2")
 
 
 def unsupported_reason() -> str | None:
     """Why the installed mlx-lm cannot be patched, None if it can."""
+    listed = f"supported are {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]}"
     try:
         found = metadata.version("mlx-lm")
     except metadata.PackageNotFoundError:
-        return f"no installed mlx-lm was found, mlx-lm{SUPPORTED} is supported"
-    if SpecifierSet(SUPPORTED).contains(found, prereleases=True):
-        return None
-    return f"mlx-lm {found} is installed, mlx-lm{SUPPORTED} is supported"
+        return f"no installed mlx-lm was found, {listed}"
+    return None if found in SUPPORTED else f"mlx-lm {found} is installed, {listed}"

@@ -12,11 +12,11 @@ from .._options import (
     check_draft_vocab,
     check_num_draft_tokens,
 )
-from ._request import CommandLineRequest, command_line
+from ._request import Request, current
 
 MTP_HELP = (
-    "Speculate with the multi-token-prediction head of a Qwen3.5 or Qwen3.6 model. "
-    "PATH names a separate head; by default it is looked for beside the model."
+    "Speculate with the multi-token-prediction head of a Qwen3.5, Qwen3.6 or Qwen3.8 "
+    "model. PATH names a separate head; by default it is looked for beside the model."
 )
 DRAFT_HELP = (
     "Speculate with the assistant of a Gemma-4 model, an MTP head that is stored by "
@@ -51,7 +51,7 @@ class SpeculationParser(argparse.ArgumentParser):
             self.error("argument --num-draft-tokens: auto needs --mtp or --draft")
         elif getattr(parsed, "draft_vocab", None) is not None:
             self.error("argument --draft-vocab: needs --mtp")
-        if (request := command_line.get()) is not None:
+        if (request := current.get()) is not None:
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
             request.draft_vocab = getattr(parsed, "draft_vocab", None)
@@ -137,10 +137,10 @@ def _read_number(text: str) -> NumDraftTokens:
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    token = command_line.set(CommandLineRequest())
+    token = current.set(Request())
     try:
         return wrapped(*args, **kwargs)
     except SpeculationError as error:
         sys.exit(f"error: {error}")
     finally:
-        command_line.reset(token)
+        current.reset(token)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 import warnings
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from .._errors import SpeculationError
+from .._record import record_of
 
 NO_MTP_HELP = (
-    "Drop the multi-token-prediction head. By default that of Qwen3.5 and Qwen3.6 "
-    "models is kept, quantised as the model is."
+    "Drop the multi-token-prediction head. By default that of Qwen3.5, Qwen3.6 and "
+    "Qwen3.8 models is kept, quantised as the model is."
 )
 NOT_KEPT = (
     "The model is written without its MTP head: {} Pass --no-mtp (from Python "
@@ -60,37 +62,65 @@ def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     model = call.arguments["model"]
     if not keeps_head.get() or not _may_have_head(model):
         return wrapped(*args, **kwargs)
-    # Here, for the model may be donated: its weights are gone when it is written.
+    # The head is loaded first, for the model may be donated: then its weights are gone
+    # when it is written.
     head = _head_to_keep(model, call.arguments)
     saved = wrapped(*args, **kwargs)
     if head is not None:
-        from ..heads import add_sidecar
-
-        file = add_sidecar(Path(call.arguments["dst_path"]), head)
-        # Beside the lines that mlx-lm prints.
-        print(f"[INFO] Kept the MTP head in {file}")  # noqa: T201
+        _keep(head, Path(call.arguments["dst_path"]))
     return saved
 
 
 def _may_have_head(model: Any) -> bool:
-    from ..heads import MODEL_TYPES
+    from ..heads import may_have_head
 
-    return getattr(model, "model_type", None) in MODEL_TYPES
+    return may_have_head(model)
 
 
 def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
+    """The head to write with a model. If one is declared in vain, that is warned of."""
     from ..heads import Host, carry_head
 
     config = arguments["config"]
-    places = [getattr(model, "_mtp_source", None), arguments["src_path_or_repo"]]
-    sources = list(dict.fromkeys(str(place) for place in places if place is not None))
+    places = [record_of(model).source, arguments["src_path_or_repo"]]
+    sources = list(dict.fromkeys(_full(place) for place in places if place is not None))
     try:
         head = carry_head(sources, Host.of(model), config)
         reason = DECLARED.format(" or ".join(sources))
-    except SpeculationError as error:
-        head, reason = None, str(error)
+    # Whatever is wrong with a head, the model is written.
+    except Exception as error:
+        head, reason = None, _reason(error)
     text_config = config.get("text_config") or config
     if head is None and text_config.get("mtp_num_hidden_layers"):
-        message = NOT_KEPT.format(reason, arguments["dst_path"])
-        warnings.warn(message, stacklevel=2)
+        _warn_not_kept(reason, Path(arguments["dst_path"]))
     return head
+
+
+def _full(place: str | Path) -> str:
+    """The whole path of a place on this machine; a Hub id stays as it is."""
+    return str(Path(place).absolute() if Path(place).exists() else place)
+
+
+def _keep(head: Any, folder: Path) -> None:
+    """Write a head beside a model that is written, and say whether that worked."""
+    from ..heads import add_sidecar
+
+    try:
+        file = add_sidecar(folder, head)
+    # The model is whole, and that is what was asked for.
+    except Exception as error:
+        _warn_not_kept(_reason(error), folder)
+        return
+    # Beside the lines that mlx-lm prints.
+    print(f"[INFO] Kept the MTP head in {file}")  # noqa: T201
+
+
+def _reason(error: Exception) -> str:
+    is_said = isinstance(error, (SpeculationError, OSError))
+    text = str(error) if is_said else f"{type(error).__name__}: {error}"
+    return text if text.endswith(".") else f"{text}."
+
+
+def _warn_not_kept(reason: str, folder: Path) -> None:
+    message = NOT_KEPT.format(reason, shlex.quote(str(folder)))
+    warnings.warn(message, stacklevel=3)

@@ -1,19 +1,48 @@
-"""Wrapper for the recurrence of mlx-lm's Qwen3.5 models."""
+"""Wrappers for what mlx-lm's models compute: recurrence and attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
-Recorder = Callable[[Any, Any, Any], None]
-
-# Called with the function and its arguments; set while a pass may be rolled back.
-recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+import mlx.core as mx
 
 
 def gated_delta_update(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (record := recorder.get()) is None:
+    if (record := _recorder().get()) is None:
         return wrapped(*args, **kwargs)
     record(wrapped, args, kwargs)
     return wrapped(*args, **kwargs)
+
+
+@cache
+def _recorder() -> ContextVar[Any]:
+    """Imported late: whoever only loads mlx-lm needs nothing of what it imports."""
+    from ..rollback import recorder
+
+    return recorder
+
+
+def scaled_dot_product_attention(
+    wrapped: Any, instance: Any, args: Any, kwargs: Any
+) -> Any:
+    keys = args[1] if len(args) > 1 else kwargs["keys"]
+    # Those of mlx-lm's own entries, quantised or not.
+    if isinstance(keys, (mx.array, tuple, list)):
+        return wrapped(*args, **kwargs)
+    return _attend(wrapped, *args, **kwargs)
+
+
+def _attend(
+    attention: Any,
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Let keys of ours do it; the parameters are those of mlx-lm's function."""
+    return keys.attend(attention, queries, scale, mask, sinks)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import inspect
 import ipaddress
+import logging
+import os
+import signal
 import sys
+import threading
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import wrapt
 
-from .._options import AutoNumber
+from .._errors import SpeculationError
+from .._options import AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
 RECOMMENDED_HELP = (
@@ -27,6 +32,13 @@ SAMPLING_FLAGS = {
     "top_k": "top_k",
     "min_p": "min_p",
 }
+API_KEY = "MLX_OPTIQ_EXT_API_KEY"  # of the environment
+# What a shell expects of a program that an interrupt ended.
+INTERRUPTED = ("Stopped.", 128 + signal.SIGINT)
+EXIT_STATUS = (
+    "Exit status: 130 after Ctrl-C, 1 if the model cannot be loaded or the address "
+    "cannot be listened at, 2 for wrong arguments."
+)
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
 
 
@@ -36,10 +48,16 @@ class ServerParser(SpeculationParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         for add in FLAGS:
             add(self)
-        defaults = {name: self.get_default(name) for name in SAMPLING_FLAGS}
+        defaults = {
+            name: self.get_default(name)
+            for name in (*SAMPLING_FLAGS, "prompt_cache_size")
+        }
         # None tells a default from a value that was asked for.
-        self.set_defaults(**dict.fromkeys(SAMPLING_FLAGS))
+        self.set_defaults(**dict.fromkeys(defaults))
         parsed = super().parse_args(args, namespace)
+        parsed.is_prompt_cache_size_given = parsed.prompt_cache_size is not None
+        if not parsed.is_prompt_cache_size_given:
+            parsed.prompt_cache_size = defaults["prompt_cache_size"]
         _settle_sampling(parsed, defaults)
         if parsed.draft is not None:
             from ..drafters import is_draft_model
@@ -53,7 +71,8 @@ class ServerParser(SpeculationParser):
                     parsed.num_draft_tokens = self.num_draft_tokens
         if parsed.num_draft_tokens == "auto":
             # Requests that do not say are given this, and checked by mlx-lm.
-            parsed.num_draft_tokens = AutoNumber(1)
+            parsed.num_draft_tokens = AUTO_AS_NUMBER
+        parsed.is_command = True
         return parsed
 
 
@@ -67,7 +86,16 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         type=_nonempty,
-        help="Key that requests must have, as a bearer token or as x-api-key",
+        default=os.environ.get(API_KEY),
+        help="Key that requests must have, as a bearer token or as x-api-key. Other "
+        "users of this machine can read it here; the environment variable "
+        f"{API_KEY}, which is the default, keeps it from them",
+    )
+    parser.add_argument(
+        "--allow-remote-images",
+        action="store_true",
+        help="Fetch images that requests name by http(s) URLs, from public addresses "
+        "only. Without this flag images have to be data: URLs",
     )
     parser.add_argument(
         "--max-request-size",
@@ -80,6 +108,7 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=RECOMMENDED_HELP,
     )
+    parser.epilog = EXIT_STATUS
 
 
 def _settle_sampling(parsed: argparse.Namespace, defaults: dict[str, Any]) -> None:
@@ -105,7 +134,13 @@ def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if not is_local(host) and getattr(provider.cli_args, "api_key", None) is None:
         # Not by logging, which may be told to be silent.
         warnings.warn(UNGUARDED.format(host), stacklevel=2)
-    serve(host, port, provider)
+    try:
+        serve(host, port, provider, is_command=is_command(provider))
+    except (OSError, OverflowError) as exc:
+        if not is_command(provider):
+            raise
+        # The generation thread would keep the process alive.
+        end_process(f"error: cannot listen at {host}, port {port}: {exc}", 1)
 
 
 def logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -115,6 +150,33 @@ def logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> An
     from ..serving import with_cached_tokens
 
     return with_cached_tokens(processors, args[0])
+
+
+def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving import LOADING
+
+    try:
+        return wrapped(*args, **kwargs)
+    except Exception as exc:
+        exc.add_note(LOADING)
+        raise
+
+
+def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from ..serving import describe_recommended
+
+    try:
+        wrapped(*args, **kwargs)
+    except Exception as exc:
+        # This is the generation thread: the main one would serve without a model.
+        if not is_command(instance):
+            raise
+        logging.debug("The model could not be loaded", exc_info=exc)
+        end_process(f"error: {exc}", 1)
+    if is_command(instance) and (
+        line := describe_recommended(instance.cli_args, instance.model)
+    ):
+        logging.warning(line)
 
 
 def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -133,8 +195,33 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     module.argparse = _Argparse(argparse)
     try:
         return wrapped(*args, **kwargs)
+    except KeyboardInterrupt:
+        end_process(*INTERRUPTED)
+    except (SpeculationError, OSError) as exc:
+        end_process(f"error: {exc}", 1)
     finally:
         module.argparse = argparse
+
+
+def is_command(provider: Any) -> bool:
+    """Whether mlx-lm's command runs, and not its parts in some other program.
+
+    Args:
+        provider (ModelProvider): Other programs have their own, without a command line.
+    """
+    return getattr(getattr(provider, "cli_args", None), "is_command", False)
+
+
+def end_process(line: str, status: int) -> NoReturn:
+    """Say one line and end the process, whatever its threads are doing."""
+    # A second Ctrl-C has nothing left to interrupt.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.write(f"{' '.join(line.split())}\n")
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_local(host: str) -> bool:

@@ -2,15 +2,18 @@
 
 Invariant: after ``keep(n)`` every entry holds what it held at the start plus the first
 ``n`` rows of the pass, whichever entries the pass had reached when it ended. ``keep``
-may be called again with a smaller number. Keeping all rows costs nothing.
+may be called again with a smaller number. Until it is called, nobody else may read the
+entries: some of them are written only then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any, Protocol
 
+import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -22,43 +25,49 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
-from ._tape import Tape
+from ._recurrence import Tape
+from ._ring import SlotOrderRing
 
-Forward = Callable[[int], Any]
+Forward = Callable[[list[Any], int], Any]
 
-MAX_ROWS = 128  # of a pass, more than any is made of
+# Modules of mlx-lm whose attention is their own code, and not the function by which
+# every row is given its own view of a ring.
+_OWN_ATTENTION = {"gear", "gemma2", "olmo"}
 
 
-class Mark(Protocol):
-    """How one cache entry stood before a pass."""
+class Part(Protocol):
+    """One cache entry in a transaction: what the model is handed, and how it ends."""
+
+    @property
+    def entry(self) -> Any: ...
 
     def keep(self, num_rows: int) -> None: ...
 
 
-class _OffsetMark:
+class _Appended:
     """Append-only entries: the rows past the offset are never read."""
 
     def __init__(self, entry: Any):
-        self._entry = entry
+        self.entry = entry
         self._offset = entry.offset
 
     def keep(self, num_rows: int) -> None:
-        num_rejected = self._entry.offset - self._offset - num_rows
+        num_rejected = self.entry.offset - self._offset - num_rows
         # Not every pass gets as far as this entry.
         if num_rejected > 0:
-            self._entry.trim(num_rejected)
+            self.entry.trim(num_rejected)
 
 
-class _ConcatenateMark:
+class _Concatenated:
     """Upstream's ``trim`` of this entry moves the offset and leaves the rows."""
 
     def __init__(self, entry: ConcatenateKVCache):
-        self._entry = entry
+        self.entry = entry
         self._offset = entry.offset
         self._was_empty = entry.empty()
 
     def keep(self, num_rows: int) -> None:
-        entry, num_kept = self._entry, self._offset + num_rows
+        entry, num_kept = self.entry, self._offset + num_rows
         entry.offset = num_kept
         if self._was_empty and num_rows == 0:
             entry.keys = entry.values = None
@@ -67,47 +76,7 @@ class _ConcatenateMark:
             entry.values = entry.values[..., :num_kept, :]
 
 
-def _rotating_mark(entry: RotatingKVCache) -> Mark:
-    # As long as it is not full, a ring is an append-only entry.
-    is_empty = entry.keys is None
-    if is_empty or entry.offset + MAX_ROWS > entry.max_size:
-        return _RotatingMark(entry)
-    return _OffsetMark(entry)
-
-
-class _RotatingMark:
-    """A ring buffer, whose ``trim`` upstream is wrong once it has wrapped.
-
-    A pass over several rows leaves the buffer in temporal order with the new rows last,
-    so the rejected ones are its tail, and at least ``max_size`` older ones remain.
-    """
-
-    def __init__(self, entry: RotatingKVCache):
-        self._entry = entry
-        self._offset, self._index = entry.offset, entry._idx
-        # Handles of their own: an update in place changes the array of the entry, and
-        # copies it as long as there is another handle.
-        self._keys, self._values = (
-            None if array is None else array[...]
-            for array in (entry.keys, entry.values)
-        )
-
-    def keep(self, num_rows: int) -> None:
-        entry = self._entry
-        num_rejected = entry.offset - self._offset - num_rows
-        if num_rejected <= 0:
-            return
-        if num_rows == 0:
-            entry.keys, entry.values = self._keys, self._values
-            entry.offset, entry._idx = self._offset, self._index
-            return
-        entry.keys = entry.keys[..., :-num_rejected, :]
-        entry.values = entry.values[..., :-num_rejected, :]
-        entry.offset -= num_rejected
-        entry._idx -= num_rejected
-
-
-class RecurrentMark:
+class _Recurrent:
     """States that cannot be cut, only put back or computed again."""
 
     def __init__(self, entry: ArraysCache):
@@ -115,44 +84,94 @@ class RecurrentMark:
         self._state = list(entry.cache), entry.left_padding, entry.lengths
 
     def keep(self, num_rows: int) -> None:
+        """Do nothing: the transaction computes the states of all such entries."""
+
+    def restore(self) -> None:
         states, self.entry.left_padding, self.entry.lengths = self._state
         self.entry.cache = list(states)
 
 
+class _Listed:
+    """Entries in an entry."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
+        self.entry = CacheList(*(part.entry for part in parts))
+
+    def keep(self, num_rows: int) -> None:
+        for part in self.parts:
+            part.keep(num_rows)
+
+
 @singledispatch
-def marks(entry: Any) -> list[Mark]:
-    """Marks of an entry and of the entries in it."""
+def _part(entry: Any, shared: dict[Any, mx.array]) -> Part:
+    """The part that an entry has in a transaction.
+
+    ``shared`` is what the rings of one pass have in common.
+    """
     raise SpeculationError(
         f"Cannot speculate: a prompt cache entry is a {type(entry).__name__}, which "
         "cannot be rolled back."
     )
 
 
-@marks.register(KVCache)
-@marks.register(QuantizedKVCache)
-@marks.register(ChunkedKVCache)
-def _(entry: Any) -> list[Mark]:
-    return [_OffsetMark(entry)]
+@_part.register(KVCache)
+@_part.register(QuantizedKVCache)
+@_part.register(ChunkedKVCache)
+def _(entry: Any, shared: dict[Any, mx.array]) -> Part:
+    return _Appended(entry)
 
 
-@marks.register
-def _(entry: ConcatenateKVCache) -> list[Mark]:
-    return [_ConcatenateMark(entry)]
+@_part.register
+def _(entry: ConcatenateKVCache, shared: dict[Any, mx.array]) -> Part:
+    return _Concatenated(entry)
 
 
-@marks.register
-def _(entry: RotatingKVCache) -> list[Mark]:
-    return [_rotating_mark(entry)]
+@_part.register
+def _(entry: RotatingKVCache, shared: dict[Any, mx.array]) -> Part:
+    return SlotOrderRing(entry, shared)
 
 
-@marks.register
-def _(entry: ArraysCache) -> list[Mark]:
-    return [RecurrentMark(entry)]
+@_part.register
+def _(entry: ArraysCache, shared: dict[Any, mx.array]) -> Part:
+    return _Recurrent(entry)
 
 
-@marks.register
-def _(entry: CacheList) -> list[Mark]:
-    return [mark for inner in entry.caches for mark in marks(inner)]
+@_part.register
+def _(entry: CacheList, shared: dict[Any, mx.array]) -> Part:
+    return _Listed([_part(inner, shared) for inner in entry.caches])
+
+
+def _all_parts(parts: Sequence[Part]) -> list[Part]:
+    """Parts, with those of entries in entries in place of the latter."""
+    found: list[Part] = []
+    for part in parts:
+        found += _all_parts(part.parts) if isinstance(part, _Listed) else [part]
+    return found
+
+
+def check_entries(entries: Sequence[Any], model: nn.Module | None = None) -> None:
+    """Check that passes of a model over entries can be rolled back.
+
+    Args:
+        entries (Sequence[Any]): The model's prompt cache.
+        model (nn.Module, optional): What reads the entries.
+
+    Raises:
+        SpeculationError: If an entry is of a type that cannot be rolled back, or if the
+            model reads a ring in a way that cannot be kept in the order of its slots.
+    """
+    parts = _all_parts([_part(entry, {}) for entry in entries])
+    has_rings = any(isinstance(part, SlotOrderRing) for part in parts)
+    if model is None or not has_rings:
+        return
+    modules = {type(module).__module__ for module in model.modules()}
+    for name in sorted(_OWN_ATTENTION):
+        if f"mlx_lm.models.{name}" in modules:
+            raise SpeculationError(
+                f"Cannot speculate: a prompt cache entry is a RotatingKVCache, and "
+                f"models of type {name} read it in a way of their own."
+            )
 
 
 class Transaction:
@@ -168,35 +187,54 @@ class Transaction:
     """
 
     def __init__(self, cache: Sequence[Any], tape: Tape | None = None):
-        self._marks = [mark for entry in cache for mark in marks(entry)]
-        self._recurrent = [m for m in self._marks if isinstance(m, RecurrentMark)]
+        shared: dict[Any, mx.array] = {}
+        self._parts = [_part(entry, shared) for entry in cache]
+        self._recurrent = [
+            part for part in _all_parts(self._parts) if isinstance(part, _Recurrent)
+        ]
         self._tape = tape if self._recurrent else None
-        self._num_rows = 0
+        self._num_rows = self._num_kept = 0
 
     def run(self, forward: Forward, num_rows: int) -> Any:
-        """Call ``forward(num_rows)``, which makes the pass over its first rows.
+        """Make the pass.
 
-        There may be at most ``MAX_ROWS`` of them.
+        Args:
+            forward (Callable): Called with entries to be used in place of those of the
+                cache, and with a number of rows: it feeds the first ones to the model.
+            num_rows (int): How many rows the pass has.
+
+        Returns:
+            What ``forward`` returns.
         """
-        self._forward = forward
+        entries = [part.entry for part in self._parts]
+        self._forward = partial(forward, entries)
         self._num_rows = self._num_kept = num_rows
         # A single row is kept or not, and needs no tape for either.
         if self._tape is None or num_rows == 1:
-            return forward(num_rows)
+            return self._forward(num_rows)
         with self._tape.recording():
-            return forward(num_rows)
+            return self._forward(num_rows)
 
     def keep(self, num_rows: int) -> None:
         """Take back every row after the first ``num_rows``."""
-        if self._num_rows and num_rows == self._num_kept:
-            return
+        is_changed = self._recurrent and num_rows != self._num_kept
         self._num_kept = num_rows
-        entries = [mark.entry for mark in self._recurrent]
-        tape = self._tape if self._tape and self._tape.has_all(len(entries)) else None
-        must_run_again = num_rows > 0 and len(entries) > 0 and tape is None
-        for mark in self._marks:
-            mark.keep(0 if must_run_again else num_rows)
-        if must_run_again:
+        if not is_changed:
+            self._keep(num_rows)
+            return
+        for part in self._recurrent:
+            part.restore()
+        entries = [part.entry for part in self._recurrent]
+        if num_rows == 0:
+            self._keep(0)
+        elif self._tape is not None and self._tape.has_all(len(entries)):
+            self._keep(num_rows)
+            self._tape.replay(entries, num_rows)
+        else:
+            self._keep(0)
             self._forward(num_rows)
-        elif num_rows and tape is not None:
-            tape.replay(entries, num_rows)
+            self._keep(num_rows)
+
+    def _keep(self, num_rows: int) -> None:
+        for part in self._parts:
+            part.keep(num_rows)

@@ -44,11 +44,12 @@ def generation_arguments(request: Request, cli_args: Any) -> Arguments:
         APIError: 400, if a field is not what it has to be.
     """
     body = request.body
+    adapter = optional(body, "adapters", str)
     return Arguments(
         model=server.ModelDescription(
-            model=loadable_name(request.model, cli_args),
+            model=loadable_name(request.model, cli_args, adapter),
             draft=optional(body, "draft_model", str, DEFAULT_MODEL),
-            adapter=optional(body, "adapters", str),
+            adapter=adapter,
         ),
         sampling=_sampling(body, cli_args),
         logits=_logits(body, cli_args),

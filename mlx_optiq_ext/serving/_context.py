@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .._record import record_of
+
 
 def context_size(model: Any) -> int | None:
     """Positions that a model was made for, None if its configuration is not known."""
-    source = getattr(model, "_mtp_source", None)
-    return None if source is None else _read_context(Path(source) / "config.json")
+    source = record_of(model).source
+    return None if source is None else _read_context(source / "config.json")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 ANTHROPIC_TYPES = {
@@ -20,6 +21,10 @@ ANTHROPIC_TYPES = {
 CALLER_MISTAKES = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
+# The note on an exception that a model could not be loaded for.
+LOADING = "while a model was loaded"
+
+
 class APIError(Exception):
     """An error that a client is told about.
 
@@ -28,6 +33,7 @@ class APIError(Exception):
         message (str): What was found and what was expected.
         param (str, optional): The field that is at fault.
         code (str, optional): OpenAI's machine-readable reason.
+        headers (Mapping, optional): More headers of the answer.
     """
 
     def __init__(
@@ -37,16 +43,22 @@ class APIError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = headers
 
 
-class ClientGone(ConnectionAbortedError):
-    """The client closed its connection before the reply was complete."""
+class ClientGone(Exception):
+    """The client left before the reply was complete.
+
+    No other failure of a connection raises this: one to another host, for an image or a
+    model, says nothing about the client.
+    """
 
 
 def bad_request(
@@ -116,6 +128,9 @@ def _describe(exc: BaseException) -> str:
 
 
 def _is_missing_model(exc: BaseException) -> bool:
+    # Files and hosts of other kinds fail in the same way as those of models.
+    if LOADING not in getattr(exc, "__notes__", ()):
+        return False
     return isinstance(exc, OSError) or type(exc).__module__.startswith(
         "huggingface_hub"
     )

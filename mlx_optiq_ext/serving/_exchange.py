@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import select
-import socket
+import math
 import time
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ._errors import APIError, ClientGone, anthropic_body, bad_request, openai_body
+from ._access import cors_headers
+from ._client import CHUNK_SIZE, Client
+from ._errors import APIError, anthropic_body, bad_request, openai_body
 from ._metrics import Measurement
 
 if TYPE_CHECKING:
@@ -19,19 +20,20 @@ if TYPE_CHECKING:
 Body = dict[str, Any]
 
 MAX_REQUEST_SIZE = 32 << 20
+MAX_LOGGED = 200  # characters of what a client sent
 
 # Seconds.
 IDLE_TIMEOUT = 60.0  # without a byte from a client, or one that it takes
 BODY_TIMEOUT = 300.0  # for all of a body
-DRAIN_TIMEOUT = 5.0  # for the rest of a body that nobody wants
+WAIT_INTERVAL = 0.25  # between two looks at the client while nothing happens
 KEEP_ALIVE_INTERVAL = 10.0
-PROBE_INTERVAL = 0.25
 
-CHUNK_SIZE = 1 << 16
+# Digits of an integer: longer ones are infinite for all that computes with floats.
+MAX_DIGITS = 308
 
 
 class Reply(Protocol):
-    """What of a reply a stream needs to know."""
+    """The part of a reply that keeps a stream alive."""
 
     def keep_alive(self) -> Body | None: ...
 
@@ -45,6 +47,8 @@ class Exchange:
 
     def __init__(self, handler: Any):
         self.handler = handler
+        self._wfile = handler.wfile
+        self.client = handler.wfile = Client(handler)
         self.generator = handler.response_generator
         self.path, _, self.query = handler.path.partition("?")
         self.is_anthropic = self.path.startswith("/v1/messages")
@@ -54,16 +58,21 @@ class Exchange:
         self.measured = Measurement()
         self._stream: Reply | None = None
         self._has_body = has_body(handler.headers)
-        self._last_sent = self._last_probe = time.monotonic()
+        self._last_sent = time.monotonic()
 
     @property
     def cli_args(self) -> Any:
         return self.generator.cli_args
 
     @property
+    def place(self) -> str:
+        """The method and the path, fit for the log."""
+        return printable(f"{self.handler.command} {self.path}")
+
+    @property
     def is_started(self) -> bool:
         """Whether the status and the headers of the reply are on their way."""
-        return getattr(self.handler, "_headers_buffer", None) == []
+        return self.client.has_begun
 
     def read_body(self) -> bytes:
         """The body.
@@ -110,9 +119,9 @@ class Exchange:
         self._send_head(200, headers)
         self._write(data)
 
-    def send_head(self, status: int) -> None:
-        """Answer a request for the headers only."""
-        self._send_head(status, {"Content-Length": "0"})
+    def send_head(self, status: int, headers: Mapping[str, str] | None = None) -> None:
+        """Answer with headers only."""
+        self._send_head(status, {"Content-Length": "0", **(headers or {})})
 
     def send_error(self, error: APIError) -> None:
         """Answer with an error, in the words of the API that the path belongs to."""
@@ -122,8 +131,7 @@ class Exchange:
             body = openai_body(error)
         # Headers of a reply that was to be a good one may be waiting there.
         self.handler._headers_buffer = []
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "HTTP/1.1"}}
-        self.send_json(error.status, body, headers.get(error.status))
+        self.send_json(error.status, body, error.headers)
 
     def open_stream(self, reply: Reply) -> None:
         """From now on the reply is a stream, which starts with the first event."""
@@ -138,14 +146,11 @@ class Exchange:
         """Keep the connection alive while nothing happens.
 
         Raises:
-            ClientGone: If there is no connection any more.
+            ClientGone: If the client has left.
         """
-        now = time.monotonic()
-        if now - self._last_probe > PROBE_INTERVAL:
-            self._last_probe = now
-            if self._is_closed_by_client():
-                raise ClientGone("the client closed the connection")
-        if self._stream is not None and now - self._last_sent > KEEP_ALIVE_INTERVAL:
+        self.client.check()
+        is_quiet = time.monotonic() - self._last_sent > KEEP_ALIVE_INTERVAL
+        if self._stream is not None and is_quiet:
             self._keep_alive(self._stream)
 
     def close(self) -> None:
@@ -153,12 +158,19 @@ class Exchange:
         for sequence in self.sequences:
             sequence.inbox.close()
         if self._has_body:
-            self._drain()
+            self.client.drain()
+        self.handler.wfile = self._wfile
 
     def _body_size(self) -> int:
-        value = self.handler.headers.get("Content-Length")
-        if value is None:
+        values = set(self.handler.headers.get_all("Content-Length", ()))
+        if not values:
             raise APIError(411, "Content-Length header is required")
+        # Two ends of a connection that disagree on where a request ends are a way in.
+        if len(values) > 1:
+            raise bad_request(f"Content-Length: got several, {sorted(values)}")
+        if "Transfer-Encoding" in self.handler.headers:
+            raise bad_request("Content-Length: not allowed with Transfer-Encoding")
+        (value,) = values
         if not value.isascii() or not value.isdigit():
             raise bad_request(f"Content-Length: expected a number, got {value!r}")
         limit = getattr(self.cli_args, "max_request_size", MAX_REQUEST_SIZE)
@@ -169,7 +181,7 @@ class Exchange:
 
     def _read_chunk(self, size: int, deadline: float) -> bytes:
         try:
-            chunk = self.handler.rfile.read1(size)
+            chunk = self.client.read(size)
         except TimeoutError as exc:
             raise APIError(408, "the body did not arrive in time") from exc
         if time.monotonic() > deadline:
@@ -185,7 +197,9 @@ class Exchange:
             handler.send_header(name, value)
         handler.send_header("request-id", self.request_id)
         handler.send_header("x-request-id", self.request_id)
-        handler._set_cors_headers()
+        origins = self.cli_args.allowed_origins
+        for name, value in cors_headers(handler.headers, origins).items():
+            handler.send_header(name, value)
         handler.end_headers()
 
     def _start_stream(self) -> None:
@@ -200,8 +214,7 @@ class Exchange:
             )
 
     def _write(self, data: bytes) -> None:
-        self.handler.wfile.write(data)
-        self.handler.wfile.flush()
+        self.client.write(data)
         self._last_sent = time.monotonic()
 
     def _keep_alive(self, reply: Reply) -> None:
@@ -211,32 +224,6 @@ class Exchange:
             self._write(b": keep-alive\n\n")
         else:
             self.send_event(event)
-
-    def _is_closed_by_client(self) -> bool:
-        connection = self.handler.connection
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        if not poll.poll(0):
-            return False
-        try:
-            return not connection.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
-
-    def _drain(self) -> None:
-        """Read what the client is still sending.
-
-        A connection that is closed before loses the answer on its way.
-        """
-        connection = self.handler.connection
-        deadline = time.monotonic() + DRAIN_TIMEOUT
-        try:
-            connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(DRAIN_TIMEOUT)
-            while time.monotonic() < deadline and connection.recv(CHUNK_SIZE):
-                pass
-        except OSError:
-            pass
 
 
 def frame(event: Body | str) -> str:
@@ -257,15 +244,60 @@ def parse_object(data: bytes) -> Body:
     Raises:
         APIError: 400, if it is something else.
     """
-    # A number or a nesting can be longer than Python is willing to read.
+    infinite: list[str] = []
+
+    def read_number(text: str) -> int | float:
+        number = _read_number(text)
+        if isinstance(number, float) and math.isinf(number):
+            infinite.append(text)
+        return number
+
+    # A nesting can be deeper than Python is willing to read.
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=read_number,
+            parse_int=read_number,
+        )
     except (ValueError, RecursionError) as exc:
         raise bad_request(f"Invalid JSON in request body: {exc}") from exc
     if not isinstance(value, dict):
         raise bad_request("the request body has to be a JSON object")
+    if infinite:
+        path = _path_of_infinity(value)
+        raise bad_request(
+            f"{path}: {printable(infinite[0])} is too large for a number", param=path
+        )
     return value
+
+
+def printable(text: str) -> str:
+    """Text of a client with all that could disturb a terminal or a log escaped."""
+    return ascii(text[:MAX_LOGGED])[1:-1]
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _read_number(text: str) -> int | float:
+    is_integer = text.lstrip("-").isdecimal()
+    return int(text) if is_integer and len(text) <= MAX_DIGITS else float(text)
+
+
+def _path_of_infinity(body: Body) -> str | None:
+    """Where in a JSON object the first infinite number is.
+
+    None if it was the value of a key that occurs again.
+    """
+    places: list[tuple[str, Any]] = [("", body)]
+    while places:
+        path, value = places.pop()
+        if isinstance(value, float) and math.isinf(value):
+            return path.removeprefix(".")
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            inner = [(f"{path}.{name}", each) for name, each in items]
+            places += reversed(inner)
+    return None

@@ -32,15 +32,15 @@ from mlx_lm import server
 from ._arguments import Arguments, generation_arguments
 from ._errors import APIError
 from ._events import Choice, End, Event, Token, Usage
-from ._exchange import Exchange
+from ._exchange import WAIT_INTERVAL, Exchange
 from ._explain import explain
+from ._images import has_remote_images, inline_images
 from ._logprobs import spelled
 from ._models import DEFAULT_MODEL
 from ._reading import Reading, read_reply
 from ._request import Request
 
 NO_MODEL = "there is no default model: start the server with --model, or name one"
-POLL_INTERVAL = 1.0  # seconds
 
 # A space at the start of a token, in byte-level vocabularies and in SentencePiece's.
 SPACES = ("\u0120", "\u2581")
@@ -127,7 +127,7 @@ class Sequence:
     def _wait(self) -> Any:
         while True:
             try:
-                item = self.inbox.get(timeout=POLL_INTERVAL)
+                item = self.inbox.get(timeout=WAIT_INTERVAL)
             except Empty:
                 self._exchange.check()
             else:
@@ -158,6 +158,7 @@ class Generation:
         self._usage = usage
         self._arguments = generation_arguments(request, exchange.cli_args)
         _check_model(self._arguments, exchange.cli_args)
+        load_images(exchange, request, self._arguments)
 
     def events(self) -> Iterator[Event]:
         """What the replies consist of, the prompt being counted before the first."""
@@ -215,6 +216,7 @@ def count_tokens(exchange: Exchange, request: Request) -> int:
     request = dataclasses.replace(request, counts_only=True)
     arguments = generation_arguments(request, exchange.cli_args)
     _check_model(arguments, exchange.cli_args)
+    load_images(exchange, request, arguments)
     generator = exchange.generator
     try:
         if _is_loaded(generator.model_provider, arguments) and not request.has_images:
@@ -226,6 +228,31 @@ def count_tokens(exchange: Exchange, request: Request) -> int:
     except Exception as exc:
         raise explain(exchange, exc) from exc
     return sequence.num_prompt_tokens
+
+
+def load_images(exchange: Exchange, request: Request, arguments: Arguments) -> None:
+    """Put the bytes of remote images into a request, if its model takes images.
+
+    Raises:
+        APIError: 400, if it takes none, or if an image cannot be had.
+    """
+    if not has_remote_images(request.messages):
+        return
+    # Only the generation thread knows the model: it may have to load it first.
+    probe = Request(
+        messages=[{"role": "user", "content": "image"}],
+        counts_only=True,
+        takes_images=True,
+    )
+    sequence = Sequence(exchange, probe, copy.copy(arguments))
+    try:
+        sequence.start()
+    except Exception as exc:
+        raise explain(exchange, exc) from exc
+    sequence.inbox.close()
+    exchange.sequences.remove(sequence)
+    allow_remote = getattr(exchange.cli_args, "allow_remote_images", False)
+    inline_images(request.messages, allow_remote)
 
 
 def with_leading_space(responses: Iterator[Any], tokenizer: Any) -> Iterator[Any]:

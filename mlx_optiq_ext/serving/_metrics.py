@@ -23,12 +23,12 @@ class Measurement:
     """What one request took.
 
     Args:
-        route (str): That answered it, with placeholders.
-        status (int): Of HTTP; 0 if none was sent.
+        route (str): The path of the route that answered it, with placeholders.
+        status (int): The HTTP status of the answer, 0 if none was sent.
         started (float): When its headers were read, in seconds of a monotonic clock.
-        first_token (float): When it had a token; 0 if it never had.
-        last_token (float): When it had its last one.
-        num_tokens (int): Generated.
+        first_token (float): When its first token came, 0 if none came.
+        last_token (float): When its last token came.
+        num_tokens (int): The number of tokens generated for it.
     """
 
     route: str = "other"
@@ -46,7 +46,7 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
+        """The speed at which the tokens after the first came."""
         seconds = self.last_token - self.first_token
         return (self.num_tokens - 1) / seconds if seconds > 0 else 0.0
 
@@ -155,10 +155,10 @@ def finish(exchange: Exchange, metrics: Metrics | None) -> None:
 
 
 def require(metrics: Metrics | None) -> Metrics:
-    """Those of a server that has them.
+    """The counters of a server that has them.
 
     Raises:
-        APIError: 501.
+        APIError: 501, if it has none.
     """
     if metrics is None:
         raise APIError(

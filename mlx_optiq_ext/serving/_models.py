@@ -17,9 +17,17 @@ def is_invented(model: str) -> bool:
     return INVENTED.fullmatch(model) is not None and not Path(model).exists()
 
 
-def loadable_name(model: str | None, cli_args: Any) -> str:
-    """The name under which mlx-lm is to look for a model."""
+def loadable_name(model: str | None, cli_args: Any, adapter: str | None = None) -> str:
+    """The name under which mlx-lm is to look for a model.
+
+    Args:
+        model (str, optional): The id in a request.
+        cli_args (Namespace): Of the server.
+        adapter (str, optional): The folder of an adapter that the request names.
+    """
     # One name for the served model, for mlx-lm batches requests of equal names only.
-    if model is None or model == cli_args.model or is_invented(model):
-        return DEFAULT_MODEL
-    return model
+    names = (None, DEFAULT_MODEL, cli_args.model)
+    if model not in names and not is_invented(str(model)):
+        return str(model)
+    # With its own name for the served model mlx-lm ignores the request's adapter.
+    return DEFAULT_MODEL if adapter is None else cli_args.model or DEFAULT_MODEL

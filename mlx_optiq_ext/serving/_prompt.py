@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from ._arguments import Arguments, check_generation
 from ._context import context_size
 from ._conversation import Conversation, Message
 from ._errors import bad_request, context_overflow, is_template_error
+from ._images import reading_images
 from ._reading import ReplyFormat
 from ._request import Request
 from ._sampling import recommend
@@ -60,10 +62,13 @@ def make_prompt(
           than its context.
     """
     _check_request(provider, tokenizer, request)
-    recommend(arguments, provider.model)
+    recommend(arguments, provider.model, len(tokenizer))
     prompt, segments, kinds, state, *rest = _begin_reply(
         tokenizer, request, _tokenize(tokenize, tokenizer, request, arguments)
     )
+    is_whole = kinds == ["assistant"] and request.request_type == "chat"
+    if is_whole and len(prompt) > 1 and not request.has_images:
+        segments, kinds = _split(tokenizer, prompt)
     request.tokenizer, request.initial_state = tokenizer, state
     if request.request_type == "chat":
         request.format = ReplyFormat.of(tokenizer)
@@ -82,13 +87,28 @@ def _tokenize(
         _, _, kinds, *rest = tokenize(tokenizer, empty, arguments)
         return (request.prompt, [request.prompt], kinds, *rest)
     messages = _renamed(request.messages, tokenizer)
-    try:
-        return tokenize(tokenizer, _with(request, messages), arguments)
-    except Exception as exc:
-        plain = with_one_system_message(messages)
-        if plain == messages or not is_template_error(exc):
-            raise
-    return tokenize(tokenizer, _with(request, plain), arguments)
+    images = reading_images() if request.has_images else contextlib.nullcontext()
+    with images:
+        try:
+            return tokenize(tokenizer, _with(request, messages), arguments)
+        except Exception as exc:
+            plain = with_one_system_message(messages)
+            if plain == messages or not is_template_error(exc):
+                raise
+        return tokenize(tokenizer, _with(request, plain), arguments)
+
+
+def _split(tokenizer: Any, prompt: list[int]) -> tuple[list[list[int]], list[str]]:
+    """A prompt that does not end with the user's words, so that it is kept as well.
+
+    mlx-lm keeps a prompt up to where a user's last message ends. In a loop of tools
+    that is far behind, and clients write calls back a little differently.
+    """
+    start = len(prompt) - 1
+    if tokenizer.has_thinking:
+        found = tokenizer.rfind_think_start(prompt, start=max(len(prompt) - 11, 0))
+        start = found if found > 0 else start
+    return [prompt[:start], prompt[start:]], ["tool", "assistant"]
 
 
 def _with(request: Request, messages: list[Message]) -> Request:
@@ -134,7 +154,8 @@ def _text(content: str | list[dict[str, Any]]) -> str:
 def _check_request(
     provider: server.ModelProvider, tokenizer: Any, request: Request
 ) -> None:
-    if request.has_images and getattr(provider, "processor", None) is None:
+    needs_images = request.takes_images or request.has_images
+    if needs_images and getattr(provider, "processor", None) is None:
         raise bad_request("messages: this model takes no images", param="messages")
     if request.must_call and not tokenizer.has_tool_calling:
         raise bad_request(

@@ -8,10 +8,12 @@ ends all that are being decoded, and not the server.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, MutableSet
+from queue import Queue
 from typing import Any
 
-from ..decoding._guard import guard_processors, guard_sampler
+from ._errors import during_generation
+from ._guard import guard_processors, guard_sampler
 
 
 def admit(generator: Any, request: Any) -> Any:
@@ -59,8 +61,14 @@ def run_again(generator: Any, loop: Callable[[], None]) -> None:
             if generator._is_distributed or not waiting:
                 raise
             logging.exception("%s requests ended by an exception", len(waiting))
-            failure = exc.with_traceback(None)
-        for queue in list(waiting):
-            queue.put(failure)
-        waiting.clear()
-        del failure
+            _fail_all(waiting, exc)
+
+
+def _fail_all(waiting: MutableSet[Queue[Any]], exc: Exception) -> None:
+    """End requests with an error, each with one of its own.
+
+    An exception gains a traceback in every thread that raises it.
+    """
+    for queue in list(waiting):
+        queue.put(during_generation(exc))
+        waiting.discard(queue)

@@ -10,6 +10,7 @@ from mlx_lm import server
 from ._conversation import Message
 from ._errors import bad_request
 from ._fields import checked, choice, number, optional
+from ._images import has_images
 from ._reading import ReplyFormat
 
 Body = dict[str, Any]
@@ -51,6 +52,7 @@ class Request(server.CompletionRequest):
         gives_sources: Whether it is asked who drafted each token.
         keeps_space: White space is sent exactly as it is generated.
         counts_only: The prompt is tokenised and no more.
+        takes_images: The model has to take images, whether or not there are any.
         is_cut_by_context: Set by the generation thread, when the context is what
             limits the reply.
         tokenizer: Set by the generation thread: the one of the model.
@@ -82,6 +84,7 @@ class Request(server.CompletionRequest):
     gives_sources: bool = False
     keeps_space: bool = False
     counts_only: bool = False
+    takes_images: bool = False
     is_cut_by_context: bool = False
     tokenizer: Any = None
     format: ReplyFormat | None = None
@@ -93,12 +96,7 @@ class Request(server.CompletionRequest):
 
     @property
     def has_images(self) -> bool:
-        return any(
-            part["type"] == "image_url"
-            for message in self.messages
-            if isinstance(message.get("content"), list)
-            for part in message["content"]
-        )
+        return has_images(self.messages)
 
     def choose_tools(self, mode: str, tools: list[Tool]) -> None:
         """Offer the tools as a client wants them to be used.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hmac
+import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from mlx_lm import server
 
 from . import _anthropic, _completions, _responses
-from ._errors import APIError, during_generation
+from ._access import PREFLIGHT, check_key, check_origin
+from ._errors import APIError, ClientGone, during_generation
 from ._events import Usage
 from ._exchange import Exchange
 from ._generation import count_tokens
@@ -25,25 +26,40 @@ Body = dict[str, Any]
 
 
 class Route(NamedTuple):
-    """What answers requests of one method to paths that match.
+    """One path of the server and what answers requests for it.
 
     Args:
         method: Of HTTP.
-        pattern: Of the whole path, without the query.
-        answer: Called with the exchange and the pattern's groups.
+        template: The path, without a query. ``[/v1]`` may be left out by clients,
+          ``{id}`` stands for one segment and ``{path}`` for all that follows.
+        answer: Called with the exchange and the values of the placeholders.
         is_open: Whether it needs no key.
     """
 
     method: str
-    pattern: re.Pattern[str]
+    template: str
     answer: Callable[..., None]
     is_open: bool = False
 
     @property
     def name(self) -> str:
         """The path, with placeholders."""
-        pattern = self.pattern.pattern.removesuffix("(?:/.*)?")
-        return pattern.replace("(?:/v1)?", "/v1").replace("([^/]+)", "{id}")
+        return self.template.replace("[/v1]", "/v1")
+
+    def match(self, path: str) -> re.Match[str] | None:
+        return _pattern(self.template).fullmatch(path)
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template)
+    for name, value in (
+        ("[/v1]", "(?:/v1)?"),
+        ("{id}", "([^/]+)"),
+        ("{path}", "(.*)"),
+    ):
+        pattern = pattern.replace(re.escape(name), value)
+    return re.compile(pattern)
 
 
 def serve(handler: Any) -> None:
@@ -51,11 +67,11 @@ def serve(handler: Any) -> None:
     exchange = handler.exchange = Exchange(handler)
     try:
         _answer(exchange)
-    except (ConnectionError, TimeoutError) as exc:
-        logging.info("%s %s: %s", handler.command, exchange.path, exc)
+    except ClientGone as exc:
+        logging.info("%s: %s", exchange.place, exc)
     finally:
-        exchange.close()
         handler.exchange = None
+        exchange.close()
         state = exchange.generator.state
         state.exchanges.discard(exchange)
         finish(exchange, state.metrics)
@@ -65,15 +81,14 @@ def _answer(exchange: Exchange) -> None:
     try:
         route, groups = _find(exchange.handler.command, exchange.path)
         exchange.measured.route = route.name
-        if not route.is_open:
-            check_key(exchange)
+        _check_access(exchange, route)
         route.answer(exchange, *groups)
-    except (ConnectionError, TimeoutError):
+    except ClientGone:
         raise
     except APIError as error:
         _send_error(exchange, error)
     except Exception as exc:
-        logging.exception("%s %s", exchange.handler.command, exchange.path)
+        logging.exception("%s", exchange.place)
         _send_error(exchange, during_generation(exc))
 
 
@@ -82,36 +97,42 @@ def _send_error(exchange: Exchange, error: APIError) -> None:
         exchange.send_error(error)
 
 
-def _find(method: str, path: str) -> tuple[Route, tuple[str, ...]]:
-    allowed = []
-    for route in ROUTES:
-        if match := route.pattern.fullmatch(path):
-            allowed.append(route.method)
-            if route.method == method:
-                return route, match.groups()
-    if not set(allowed) <= {"HEAD", "OPTIONS"}:
-        raise APIError(405, f"{path} takes {', '.join(allowed)}, not {method}")
-    raise APIError(404, f"there is nothing at {path}", code="unknown_url")
-
-
-def check_key(exchange: Exchange) -> None:
-    """Refuse a request without the server's key.
+def _check_access(exchange: Exchange, route: Route) -> None:
+    """Refuse a request before anything is done for it.
 
     Raises:
-        APIError: 401, if the server has a key and the request has not.
+        APIError: 401 or 403.
     """
-    expected = getattr(exchange.cli_args, "api_key", None)
-    if expected is None:
-        return
     headers = exchange.handler.headers
-    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    found = [bearer.strip() if scheme.lower() == "bearer" else ""]
-    found.append(headers.get("x-api-key", ""))
-    # Headers are bytes, which http.server decodes as Latin-1.
-    keys = [key.encode("latin-1", "replace") for key in found]
-    matches = [hmac.compare_digest(key, expected.encode()) for key in keys]
-    if not any(matches):
-        raise APIError(401, "the API key is missing or wrong", code="invalid_api_key")
+    check_origin(headers, exchange.cli_args.allowed_origins)
+    if not route.is_open:
+        check_key(headers, getattr(exchange.cli_args, "api_key", None))
+
+
+def _find(method: str, path: str) -> tuple[Route, tuple[str, ...]]:
+    """The route for a request; one for GET answers HEAD too.
+
+    Raises:
+        APIError: 404 or 405.
+    """
+    found = {
+        route.method: (route, match.groups())
+        for route in ROUTES
+        if (match := route.match(path))
+    }
+    if "GET" in found:
+        found.setdefault("HEAD", found["GET"])
+    if method in found:
+        return found[method]
+    if found.keys() <= {"HEAD", "OPTIONS"}:
+        raise APIError(404, f"there is nothing at {path}", code="unknown_url")
+    raise _not_allowed(method, path, found)
+
+
+def _not_allowed(method: str, path: str, allowed: Iterable[str]) -> APIError:
+    names = ", ".join(allowed)
+    message = f"{path} takes {names}, not {method}"
+    return APIError(405, message, headers={"Allow": names})
 
 
 def _messages(exchange: Exchange) -> None:
@@ -197,8 +218,13 @@ def _stored(exchange: Exchange, response_id: str) -> Stored:
 
 def _responses_upgrade(exchange: Exchange) -> None:
     if "Upgrade" in exchange.handler.headers:
-        raise APIError(426, "responses are streamed over HTTP, not over a web socket")
-    raise APIError(405, "/v1/responses takes POST, not GET")
+        raise APIError(
+            426,
+            "responses are streamed over HTTP, not over a web socket",
+            headers={"Upgrade": "HTTP/1.1"},
+        )
+    method = exchange.handler.command
+    raise _not_allowed(method, exchange.path, ("POST", "OPTIONS"))
 
 
 def _echoed(exchange: Exchange, request: Request) -> str:
@@ -217,39 +243,35 @@ def _probe(exchange: Exchange) -> None:
     exchange.send_head(200)
 
 
-def _upstream_get(exchange: Exchange) -> None:
+def _preflight(exchange: Exchange, *_: str) -> None:
+    exchange.send_head(204, PREFLIGHT)
+
+
+def _upstream_get(exchange: Exchange, *_: str) -> None:
     exchange.handler.path = exchange.path
     server.APIHandler.do_GET(exchange.handler)
 
 
-def _upstream_options(exchange: Exchange) -> None:
-    server.APIHandler.do_OPTIONS(exchange.handler)
-
-
-def _route(
-    method: str, pattern: str, answer: Callable[..., None], is_open: bool = False
-) -> Route:
-    return Route(method, re.compile(pattern), answer, is_open)
-
-
-_RESPONSES = "(?:/v1)?/responses"
-_RESPONSE = f"{_RESPONSES}/([^/]+)"
+_RESPONSES = "[/v1]/responses"
 
 ROUTES = (
-    _route("POST", "/v1/messages", _messages),
-    _route("POST", "/v1/messages/count_tokens", _count_message_tokens),
-    _route("POST", _RESPONSES, _responses_create),
-    _route("GET", _RESPONSES, _responses_upgrade),
-    _route("POST", f"{_RESPONSES}/input_tokens", _count_response_tokens),
-    _route("GET", _RESPONSE, _responses_get),
-    _route("DELETE", _RESPONSE, _responses_delete),
-    _route("GET", f"{_RESPONSE}/input_items", _responses_items),
-    _route("POST", f"{_RESPONSE}/cancel", _responses_cancel),
-    _route("HEAD", "/|/api/hello|/health", _probe, is_open=True),
-    _route("GET", "/health", _upstream_get, is_open=True),
-    _route("GET", "/metrics", _metrics),
-    _route("GET", "/v1/models(?:/.*)?", _upstream_get),
-    _route("OPTIONS", r"/.*|\*", _upstream_options, is_open=True),
-    _route("POST", "/v1/completions", _text_completions),
-    _route("POST", "(?:/v1)?/chat/completions", _chat_completions),
+    Route("POST", "/v1/messages", _messages),
+    Route("POST", "/v1/messages/count_tokens", _count_message_tokens),
+    Route("POST", _RESPONSES, _responses_create),
+    Route("GET", _RESPONSES, _responses_upgrade),
+    Route("POST", f"{_RESPONSES}/input_tokens", _count_response_tokens),
+    Route("GET", f"{_RESPONSES}/{{id}}", _responses_get),
+    Route("DELETE", f"{_RESPONSES}/{{id}}", _responses_delete),
+    Route("GET", f"{_RESPONSES}/{{id}}/input_items", _responses_items),
+    Route("POST", f"{_RESPONSES}/{{id}}/cancel", _responses_cancel),
+    Route("HEAD", "/", _probe, is_open=True),
+    Route("HEAD", "/api/hello", _probe, is_open=True),
+    Route("GET", "/health", _upstream_get, is_open=True),
+    Route("GET", "/metrics", _metrics),
+    Route("GET", "/v1/models", _upstream_get),
+    Route("GET", "/v1/models/{path}", _upstream_get),
+    Route("OPTIONS", "/{path}", _preflight, is_open=True),
+    Route("OPTIONS", "*", _preflight, is_open=True),
+    Route("POST", "/v1/completions", _text_completions),
+    Route("POST", "[/v1]/chat/completions", _chat_completions),
 )

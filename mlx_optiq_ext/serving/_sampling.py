@@ -9,7 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from .._record import record_of
+
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+RECOMMENDED = "Requests that do not say are sampled as the model recommends: {}{}"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -26,20 +29,47 @@ def given_fields(body: dict[str, Any], cli_args: Any) -> Collection[str] | None:
     return names | cli_args.given_sampling
 
 
-def recommend(arguments: Any, model: Any) -> None:
+def recommend(arguments: Any, model: Any, num_tokens: int) -> None:
     """Fill in what a model recommends where nobody asked for anything.
 
     Args:
         arguments (Arguments): Of a request; changed in place.
-        model (nn.Module): That the request is for.
+        model (nn.Module): The model that the request is for.
+        num_tokens (int): The number of tokens that there are to sample from.
     """
-    source = getattr(model, "_mtp_source", None)
+    source = record_of(model).source
     if arguments.given is None or source is None:
         return
-    for name, value in read_recommended(Path(source)).items():
+    for name, value in read_recommended(source).items():
+        if name == "top_k" and value >= num_tokens:
+            value = 0  # mlx-lm takes no other number for "all of them".
         if name not in arguments.given:
             owner = arguments.sampling if name in SAMPLING else arguments.logits
             setattr(owner, name, value)
+
+
+def describe_recommended(cli_args: Any, model: Any) -> str | None:
+    """What a server says about requests that do not say how to sample.
+
+    Args:
+        cli_args (Namespace): Of the server.
+        model (nn.Module): The served model.
+
+    Returns:
+        str: One line, None if such requests are decoded as by mlx-lm.
+    """
+    source = record_of(model).source
+    if source is None or not getattr(cli_args, "recommended_sampling", False):
+        return None
+    found = read_recommended(source).items()
+    values = {name: v for name, v in found if name not in cli_args.given_sampling}
+    is_greedy = not values.get("temperature", cli_args.temp)
+    names = [n for n in values if n in PENALTIES or not is_greedy]
+    if not names:
+        return None
+    listed = ", ".join(f"{name} {values[name]}" for name in names)
+    advice = "" if is_greedy else "; start with --temp 0 for greedy decoding"
+    return RECOMMENDED.format(listed, advice)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from ._errors import APIError
+from ._errors import APIError, ClientGone
 from ._events import Event, Usage
 from ._exchange import Exchange
 from ._explain import explain
@@ -60,7 +60,7 @@ def send_reply(
         for body in write_reply(generation, reply, keep):
             if request.is_streamed:
                 exchange.send_event(body)
-    except (ConnectionError, TimeoutError):
+    except ClientGone:
         raise
     except Exception as exc:
         _fail(exchange, reply, exc)
@@ -88,7 +88,7 @@ def write_reply(
 def _fail(exchange: Exchange, reply: Reply, exc: Exception) -> None:
     error = explain(exchange, exc)
     if error.status >= 500:
-        logging.error("%s failed", exchange.path, exc_info=exc)
+        logging.error("%s failed", exchange.place, exc_info=exc)
     if not exchange.is_started:
         raise error from exc
     for body in reply.failure(error):

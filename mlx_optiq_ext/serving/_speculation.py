@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
-from .._options import MAX_DRAFT_TOKENS, AutoNumber
-from ..decoding import SpeculationStats
-from ..decoding._batch import SequenceOptions
-from ..drafters import Drafter, MTPDrafter, as_drafter, limit_drafts
-from ..drafters._priming import prime_with_calls
-from ..mixins.qwen3_5 import attach_mtp
+from .._options import AUTO_AS_NUMBER, MAX_DRAFT_TOKENS
+from .._record import record_of
+from ..decoding import SequenceOptions, SpeculationStats
+from ..drafters import Drafter, MTPDrafter, as_drafter, keep_primed, limit_drafts
+from ..mixins import attach_mtp
 from ._errors import bad_request
 from ._events import Usage
 
@@ -32,6 +31,11 @@ class ServedSpeculation:
         self._model = model
         self._by_sequence: dict[int, SequenceOptions] = {}
         self.drafter = drafter
+
+    @property
+    def uids(self) -> Collection[int]:
+        """The sequences that were admitted and are not known to have ended."""
+        return self._by_sequence.keys()
 
     def options(self, uid: int) -> SequenceOptions:
         """Those of a sequence in the batch."""
@@ -70,16 +74,14 @@ def options_of(arguments: Any) -> SequenceOptions:
     Args:
         arguments (Arguments): Of the request.
     """
-    arguments.stats = SpeculationStats()
-    number = arguments.num_draft_tokens
-    return SequenceOptions(
-        "auto" if isinstance(number, AutoNumber) else number, arguments.stats
-    )
+    number, stats = arguments.num_draft_tokens, SpeculationStats()
+    arguments.stats = stats
+    return SequenceOptions("auto" if number is AUTO_AS_NUMBER else number, stats)
 
 
 def speculation_of(model: nn.Module | None) -> ServedSpeculation | None:
     """How the sequences of a model are decoded, None if plainly."""
-    return getattr(model, "_served", None)
+    return None if model is None else record_of(model).served
 
 
 def check_draft_tokens(arguments: Any) -> None:
@@ -134,16 +136,14 @@ def serve_speculatively(provider: Any) -> None:
             "%s is served without speculation: %s", provider.model_key, error
         )
         return
-    # Not a submodule, so not by nn.Module.__setattr__.
-    served = ServedSpeculation(provider.model, drafter)
-    object.__setattr__(provider.model, "_served", served)
+    keep_primed(drafter, provider.model)
+    record_of(provider.model).served = ServedSpeculation(provider.model, drafter)
 
 
 def _drafter(model: nn.Module, flags: Any, is_default: bool) -> Drafter:
     if flags.draft is not None:
         return as_drafter(flags.draft, model)
     attach_mtp(model, flags.mtp if is_default and flags.mtp is not True else None)
-    prime_with_calls(model)
     return MTPDrafter(model)
 
 

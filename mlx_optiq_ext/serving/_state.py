@@ -18,8 +18,8 @@ class ServerState:
     Args:
         store: Responses that can be asked for again.
         waiting: The queues on which requests that are being served get their reply.
-        metrics: Counters of all requests, None where they cannot be had.
-        exchanges: Those for which something is being generated.
+        metrics: Counters of all requests, None if prometheus-client is missing.
+        exchanges: The exchanges for which something is being generated.
     """
 
     store: ResponseStore = field(default_factory=ResponseStore)

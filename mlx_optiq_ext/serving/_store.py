@@ -30,6 +30,7 @@ class Stored(NamedTuple):
 class _Entry(NamedTuple):
     text: str
     deadline: float
+    item_ids: frozenset[str]
 
 
 class ResponseStore:
@@ -51,6 +52,8 @@ class ResponseStore:
         self._max_age = max_age
         self._clock = clock
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        # The responses that an item is in, by its id, the newest last.
+        self._holders: dict[str, dict[str, None]] = {}
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -63,11 +66,19 @@ class ResponseStore:
 
     def add(self, stored: Stored) -> None:
         # ASCII, so that its length is its size.
-        entry = _Entry(json.dumps(stored), self._clock() + self._max_age)
+        ids = frozenset(
+            item_id
+            for item in stored.history
+            if isinstance(item_id := item.get("id"), str)
+        )
+        entry = _Entry(json.dumps(stored), self._clock() + self._max_age, ids)
+        response_id = stored.response["id"]
         with self._lock:
-            self._discard(stored.response["id"])
-            self._entries[stored.response["id"]] = entry
+            self._discard(response_id)
+            self._entries[response_id] = entry
             self._num_bytes += len(entry.text)
+            for item_id in ids:
+                self._holders.setdefault(item_id, {})[response_id] = None
             while self._num_bytes > self._max_bytes:
                 self._discard(next(iter(self._entries)))
             self._drop_old()
@@ -84,15 +95,14 @@ class ResponseStore:
 
     def find_item(self, item_id: str) -> Body | None:
         """A copy of an item of any response, None if it is not there."""
-        mark = f'"id": {json.dumps(item_id)}'
         with self._lock:
             self._drop_old()
-            texts = [e.text for e in self._entries.values() if mark in e.text]
-        for text in reversed(texts):
-            for item in Stored(*json.loads(text)).history:
-                if item.get("id") == item_id:
-                    return item
-        return None
+            holders = self._holders.get(item_id)
+            if holders is None:
+                return None
+            text = self._entries[next(reversed(holders))].text
+        history = Stored(*json.loads(text)).history
+        return next(item for item in history if item.get("id") == item_id)
 
     def remove(self, response_id: str) -> bool:
         """Forget a response; whether there was one."""
@@ -105,6 +115,10 @@ class ResponseStore:
         if entry is None:
             return False
         self._num_bytes -= len(entry.text)
+        for item_id in entry.item_ids:
+            self._holders[item_id].pop(response_id)
+            if not self._holders[item_id]:
+                del self._holders[item_id]
         return True
 
     def _drop_old(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -42,15 +43,23 @@ class DialledDrafter:
         self._drafter = drafter
         self.reads_hidden_states = drafter is not None and drafter.reads_hidden_states
 
+    name = "dialled"
+
     def make_cache(self) -> list[Any]:
         return [] if self._drafter is None else self._drafter.make_cache()
 
     def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
+        self,
+        prompt_cache: list[Any],
+        num_target_entries: int,
+        num_tokens: int,
+        tokens: Sequence[int] = (),
     ) -> DialledSession:
         if self._drafter is None:
             return DialledSession(self, None)
-        session = self._drafter.open(prompt_cache, num_target_entries, num_tokens)
+        session = self._drafter.open(
+            prompt_cache, num_target_entries, num_tokens, tokens
+        )
         return DialledSession(self, session)
 
     def logits(self, position: int) -> mx.array:
@@ -68,11 +77,18 @@ class DialledSession:
         self._num_seen = 0
 
     @property
+    def num_put_off(self) -> int:
+        return 0 if self._session is None else self._session.num_put_off
+
+    @property
     def last_state(self) -> mx.array | None:
         return None if self._session is None else self._session.last_state
 
     def prefill(
-        self, tokens: mx.array, states: mx.array, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        states: mx.array | None,
+        embeddings: mx.array | None = None,
     ) -> None:
         if self._session is not None:
             self._session.prefill(tokens, states, embeddings)
@@ -92,6 +108,10 @@ class DialledSession:
         for position in range(self._num_seen, self._num_seen + num_draft_tokens):
             proposal.add(self._drafter.logits(position))
 
+    def catch_up(self) -> None:
+        if self._session is not None:
+            self._session.catch_up()
+
     def close(self, num_tokens: int, last_state: mx.array | None) -> None:
         if self._session is not None:
             self._session.close(num_tokens, last_state)
@@ -104,6 +124,7 @@ class _Overriding:
         self._drafter = drafter
         self._proposal = proposal
         self._num_seen = num_seen
+        self.vocab_size = proposal.vocab_size
 
     @property
     def tokens(self) -> list[mx.array]:

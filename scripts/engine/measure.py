@@ -18,7 +18,12 @@ from mlx_optiq_ext._costs import Clock, copy_cache
 from mlx_optiq_ext._options import NumDraftTokens
 from mlx_optiq_ext.decoding._rows import Proposal, Verifier
 from mlx_optiq_ext.drafters import Drafter
-from mlx_optiq_ext.rollback import Tape, Transaction, can_tape
+from mlx_optiq_ext.rollback import (
+    Tape,
+    Transaction,
+    has_known_recurrence,
+    prepare_recurrence,
+)
 
 
 @dataclass(frozen=True)
@@ -133,14 +138,16 @@ def measure_draft_seconds(
     model, cache = start.model, copy_cache(start.cache)
     num_tokens = start.tokens.size
     session = drafter.open(list(cache), len(cache), num_tokens)
-    call = model.hidden_states if drafter.reads_hidden_states else model
-    states = call(start.tokens[None], cache=cache)
-    mx.eval(states)
+    states = None
+    if drafter.reads_hidden_states:
+        states = model.hidden_states(start.tokens[None], cache=cache)
+        mx.eval(states)
     session.prefill(start.tokens, states)
+    last_state = None if states is None else states[:, -1:]
     seconds = []
     for _ in range(num_repeats + 1):
         proposal = Proposal(Verifier(), None)
-        session.draft(start.tokens[-1:], states[:, -1:], depth, proposal)
+        session.draft(start.tokens[-1:], last_state, depth, proposal)
         began = start.clock()
         mx.eval(proposal.tokens)
         seconds.append(start.clock() - began)
@@ -150,13 +157,16 @@ def measure_draft_seconds(
 def measure_rollback_seconds(start: Start, num_rows: int, num_repeats: int) -> float:
     """Median seconds to take back all rows of a pass but the first."""
     seconds = []
+    is_taped = has_known_recurrence(start.model)
+    if is_taped:
+        prepare_recurrence(start.model)
+
+    def forward(entries: list[Any], num: int) -> Any:
+        return start.model(start.tokens[None, -num:], cache=entries)
+
     for _ in range(num_repeats):
         entries = copy_cache(start.cache)
-        transaction = Transaction(entries, Tape() if can_tape(start.model) else None)
-
-        def forward(num: int, entries: Any = entries) -> Any:
-            return start.model(start.tokens[None, -num:], cache=entries)
-
+        transaction = Transaction(entries, Tape() if is_taped else None)
         mx.eval(transaction.run(forward, num_rows), [e.state for e in entries])
         began = start.clock()
         transaction.keep(1)

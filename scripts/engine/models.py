@@ -18,11 +18,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text, qwen3_5
 
+from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.assistants import Assistant, AssistantArgs
 from mlx_optiq_ext.drafters import Drafter, GemmaAssistantDrafter, MTPDrafter
 from mlx_optiq_ext.heads import MTPHead
-from mlx_optiq_ext.mixins._swap import add_mixin
-from mlx_optiq_ext.mixins.qwen3_5 import MTPMixin
+from mlx_optiq_ext.mixins import MTPMixin, add_mixin
 
 EMBEDDING_SCALE = 16.0
 TOP_LOGIT = 15.0
@@ -172,8 +172,7 @@ def make_drafter(preset: Preset, model: nn.Module, weights: Weights) -> Drafter:
     if preset.family == "qwen":
         head = MTPHead(model.language_model.args)
         fill(head, weights.dtype)
-        # Not by nn.Module.__setattr__, which would make it one of the submodules.
-        object.__setattr__(model, "_mtp", head)
+        record_of(model).head = head
         add_mixin(model, MTPMixin)
         return MTPDrafter(model)
     config = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_optiq_ext import SpeculationStats, spec_generate_step
+from tests.gemma import A4B, E4B, load_target
 from tests.helpers import (
     ScriptedDrafter,
     assert_same_cache,
@@ -24,10 +25,17 @@ from tests.helpers import (
     load_tiny,
     often_right,
 )
+from tests.rollback.models import (
+    in_bfloat16,
+    tiny_gemma3,
+    tiny_gpt_oss,
+    tiny_llama,
+)
 
 NUM_TOKENS = 97
-VOCAB_SIZE = 320
-DIMENSIONS: dict[str, tuple[Any, ...]] = {
+NUM_PROMPT_WORDS = 200  # Tokens that every model has.
+Dimensions = dict[str, tuple[Any, ...]]
+QWEN: Dimensions = {
     "model": ("dense", "moe", "dense-4bit", "moe-4bit", "dense-bf16"),
     "drafter": ("script", "mtp"),
     "num_draft_tokens": (1, 2, 3, 4, "changing"),
@@ -38,11 +46,43 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "kv": ("none", "8 bits", "4 bits from token 20 on"),
     "processors": ("none", "repetition", "presence", "bias"),
 }
+# Windows are of 8 to 37 tokens, so most of a generation is past them.
+WINDOWED: Dimensions = {
+    "model": (
+        "gemma-e4b",
+        "gemma-e4b-bf16",
+        "gemma-26b",
+        "gemma-e4b-window-37-bf16",
+        "gemma3-bf16",
+        "gpt-oss",
+        "kept-start",
+        "kept-start-bf16",
+    ),
+    "drafter": ("script",),
+    "num_draft_tokens": (1, 2, 3, 4, 8, "changing"),
+    "num_prompt_tokens": (1, 2, 36, 300),
+    "prefill_step_size": (7, 2048),
+    "max_tokens": (1, 2, NUM_TOKENS),
+    "ending": ("limit", "in a run", "after a run"),
+    "kv": ("none",),
+    "processors": ("none", "repetition", "bias"),
+}
+GRIDS = QWEN, WINDOWED
 PROCESSORS: dict[str, dict[str, Any]] = {
     "none": {},
     "repetition": {"repetition_penalty": 1.3},
     "presence": {"presence_penalty": 0.8, "frequency_penalty": 0.3},
     "bias": {"logit_bias": {7: 3.0, 19: -2.0}},
+}
+
+
+WINDOWED_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gemma-e4b": lambda: load_target(E4B),
+    "gemma-26b": lambda: load_target(A4B),
+    "gemma-e4b-window-37": lambda: load_target(E4B, sliding_window=37),
+    "gemma3": tiny_gemma3,
+    "gpt-oss": tiny_gpt_oss,
+    "kept-start": tiny_llama,
 }
 
 
@@ -74,16 +114,22 @@ class Case(NamedTuple):
             **kv[self.kv],
         }
 
+    @property
+    def max_kv_size(self) -> int | None:
+        """That of a ring which keeps its first tokens."""
+        return 20 if self.model.startswith("kept-start") else None
+
 
 def all_cases() -> Iterator[Case]:
-    return itertools.starmap(Case, itertools.product(*DIMENSIONS.values()))
+    for dimensions in GRIDS:
+        yield from itertools.starmap(Case, itertools.product(*dimensions.values()))
 
 
-def covering_cases() -> list[Case]:
+def covering_cases(dimensions: Dimensions) -> list[Case]:
     """Cases in which every pair of values of two dimensions occurs."""
     missing = {
         pair
-        for (one, other) in itertools.combinations(enumerate(DIMENSIONS.values()), 2)
+        for (one, other) in itertools.combinations(enumerate(dimensions.values()), 2)
         for pair in itertools.product(
             *([(index, value) for value in choices] for index, choices in (one, other))
         )
@@ -91,7 +137,7 @@ def covering_cases() -> list[Case]:
     chooser, chosen = random.Random(1), []
     while missing:
         candidates = [
-            Case(*map(chooser.choice, DIMENSIONS.values())) for _ in range(500)
+            Case(*map(chooser.choice, dimensions.values())) for _ in range(500)
         ]
         best = max(
             candidates, key=lambda case: (len(missing & pairs(case)), worth(case))
@@ -112,19 +158,25 @@ def pairs(case: Case) -> set[Any]:
 
 def prompt_of(case: Case) -> mx.array:
     return mx.random.randint(
-        0, VOCAB_SIZE, (case.num_prompt_tokens,), key=mx.random.key(5)
+        0, NUM_PROMPT_WORDS, (case.num_prompt_tokens,), key=mx.random.key(5)
     )
 
 
 @cache
 def model_of(kind: str) -> nn.Module:
-    return load_tiny(kind)
+    if kind in QWEN["model"]:
+        return load_tiny(kind)
+    name = kind.removesuffix("-bf16")
+    model = WINDOWED_MODELS[name]()
+    return in_bfloat16(model) if name != kind else model
 
 
 def check(case: Case) -> SpeculationStats:
     """Compare speculation with plain decoding: tokens, log probabilities, cache."""
     model, prompt, options = model_of(case.model), prompt_of(case), case.options
-    plain_cache, own_cache = make_prompt_cache(model), make_prompt_cache(model)
+    plain_cache, own_cache = (
+        make_prompt_cache(model, case.max_kv_size) for _ in range(2)
+    )
     num_entries, stats = len(plain_cache), SpeculationStats()
     is_changing = case.num_draft_tokens == "changing"
     with changing_depth() if is_changing else nullcontext():
@@ -166,12 +218,17 @@ def check(case: Case) -> SpeculationStats:
 def drafter_of(case: Case) -> ScriptedDrafter | None:
     if case.drafter == "mtp":
         return None
-    return ScriptedDrafter(plain_tokens(case), VOCAB_SIZE, often_right)
+    vocab_size = model_of(case.model)(mx.array([[0]])).shape[-1]
+    return ScriptedDrafter(plain_tokens(case), vocab_size, often_right)
 
 
 def plain_tokens(case: Case) -> list[int]:
     steps = generate_step(
-        prompt_of(case), model_of(case.model), max_tokens=NUM_TOKENS, **case.options
+        prompt_of(case),
+        model_of(case.model),
+        max_tokens=NUM_TOKENS,
+        max_kv_size=case.max_kv_size,
+        **case.options,
     )
     return [token for token, _ in steps]
 

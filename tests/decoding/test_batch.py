@@ -20,8 +20,7 @@ from mlx_optiq_ext.decoding._batch import (
     SequenceOptions,
     SpeculativeBatch,
 )
-from mlx_optiq_ext.drafters import MTPDrafter
-from mlx_optiq_ext.drafters._priming import prime_with_calls
+from mlx_optiq_ext.drafters import MTPDrafter, keep_primed
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
 from mlx_optiq_ext.serving._speculation import ServedSpeculation
 from tests.helpers import DEMO, assert_same_cache, load_tiny
@@ -33,7 +32,7 @@ LENGTHS = (9, 17, 4, 12)
 def model() -> nn.Module:
     model = load_tiny("dense")
     attach_mtp(model)
-    prime_with_calls(model)
+    keep_primed(MTPDrafter(model), model)
     return model
 
 
@@ -218,7 +217,7 @@ def test_acceptance_after_a_batch_is_that_of_a_primed_head() -> None:
 
     model, tokenizer = mlx_lm.load(str(DEMO))
     attach_mtp(model)
-    prime_with_calls(model)
+    keep_primed(MTPDrafter(model), model)
     rates = []
     for others in (0, 2):
         batching = Batching(model, num_draft_tokens=1)
@@ -295,7 +294,7 @@ def test_accepted_tokens_after_a_stop_are_not_kept() -> None:
 
     model, tokenizer = mlx_lm.load(str(DEMO))
     attach_mtp(model)
-    prime_with_calls(model)
+    keep_primed(MTPDrafter(model), model)
     prompt = mx.array(tokenizer.encode("def read(path):\n    with open("))
     tokens = [token for token, _ in generate_step(prompt, model, max_tokens=40)]
     for stop in tokens[1:7]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import mlx.nn as nn
 import pytest
 
+from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.decoding._depth import (
     MAX_AGE,
     MIN_GAIN,
@@ -51,16 +52,24 @@ def run(
     noise: float = 0.0,
     drift: float = 0.0,
     num_tokens: int = NUM_TOKENS,
+    bursts: Collection[int] = (),
 ) -> tuple[float, list[int]]:
     """Seconds for some tokens by a depth, and the depths of the rounds.
 
-    A machine whose speed drifts is seen to take longer or less than these seconds.
+    A machine whose speed drifts is seen to take longer or less than these seconds, and
+    a round in a burst is seen to take a second more.
     """
     chance, total, used, num_emitted = random.Random(seed), 0.0, [], 0
     machine, slowness = random.Random(seed), 0.0
     following: int | None = depth.choose()
+    wanted, is_behind = 0, False
     while num_emitted < num_tokens:
         chosen = depth.choose() if following is None else following
+        if chosen and is_behind:
+            # A drafter first catches up, in a round that drafts nothing.
+            wanted, chosen, is_behind = chosen, 0, False
+        else:
+            wanted, is_behind = 0, chosen == 0
         hits = [chance.random() < rate for rate in rates[:chosen]] + [False]
         num_accepted = hits.index(False)
         seconds = SECONDS * costs[chosen] * (1 + abs(chance.gauss(0, noise)))
@@ -68,11 +77,12 @@ def run(
         if chosen == 0 and not is_early:
             seconds *= 1 + BUBBLE
         # After a round without drafts the next depth is chosen before it is known.
-        following = depth.choose() if chosen == 0 else None
-        is_typical = chosen > 0 or (is_early and following == 0)
+        following = wanted or depth.choose() if chosen == 0 else None
+        is_typical = chosen > 0 or (is_early and following == 0 and not wanted)
         kept = math.exp(-costs[chosen] / DRIFT_TOKENS)
         slowness = kept * slowness + math.sqrt(1 - kept**2) * machine.gauss(0, drift)
-        depth.observe(chosen, num_accepted, seconds * math.exp(slowness), is_typical)
+        seen = seconds * math.exp(slowness) + (len(used) in bursts)
+        depth.observe(chosen, num_accepted, seen, is_typical)
         used.append(chosen)
         total += seconds
         num_emitted += 1 + num_accepted
@@ -120,6 +130,68 @@ def test_nearly_the_speed_of_the_best_depth_is_reached(costs: str, rates: str) -
     ]
     best = min(seconds_of_fixed(d, COSTS[costs], RATES[rates]) for d in range(9))
     assert best / statistics.mean(times) > 0.9
+
+
+BURST_SIZE = 12
+MAX_ROUNDS_TO_RECOVER = 64
+
+
+@pytest.mark.parametrize("start", [20, 100])
+@pytest.mark.parametrize("rates", ["usual", "good"])
+@pytest.mark.parametrize("costs", ["rows cost half", "rows cost little"])
+def test_a_burst_of_slow_rounds_is_forgotten(
+    costs: str, rates: str, start: int
+) -> None:
+    """Also by the next generation, where the first one ends with the burst."""
+    end, options = start + BURST_SIZE, (COSTS[costs], RATES[rates])
+    speeds = []
+    for seed in range(20):
+        times = RoundTimes()
+        depth = AutoDepth(times)
+        _, used = run(depth, *options, seed, num_tokens=1200, bursts=range(start, end))
+        speeds.append(speed(used[end + MAX_ROUNDS_TO_RECOVER :], *options))
+        times = RoundTimes()
+        run(
+            AutoDepth(times),
+            *options,
+            seed,
+            num_tokens=start + BURST_SIZE,
+            bursts=range(start // 3, 1000),
+        )
+        _, used = run(AutoDepth(times), *options, seed, num_tokens=600)
+        speeds.append(speed(used[MAX_ROUNDS_TO_RECOVER:], *options))
+    best = max(speed([depth], *options) for depth in range(9))
+    assert statistics.mean(speeds) > 0.9 * best
+    assert min(speeds) > 0.8 * best
+
+
+def speed(
+    depths: Sequence[int], costs: Sequence[float], rates: Sequence[float]
+) -> float:
+    """Tokens that rounds of these depths commit in the time of a plain one."""
+    commits = [sum(math.prod(rates[:n]) for n in range(d + 1)) for d in depths]
+    return sum(commits) / sum(costs[depth] for depth in depths)
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_wrong_drafts_cost_little_after_a_burst_of_slow_rounds(costs: str) -> None:
+    for seed in range(20):
+        times, options = RoundTimes(), (COSTS[costs], RATES["wrong"], seed)
+        run(AutoDepth(times), *options, bursts=range(9, 9 + BURST_SIZE))
+        auto, _ = run(AutoDepth(times), *options)
+        plain, _ = run(FixedDepth(0), *options)
+        assert plain / auto > 0.97
+
+
+def test_a_round_that_did_something_else_is_billed_to_no_depth() -> None:
+    times = RoundTimes()
+    for seconds in (9.0, 1.0, 1.0):
+        times.add(0, seconds)
+        times.add(1, seconds)
+    known = times.seconds()
+    for _ in range(20):
+        times.add(1, None)
+    assert times.seconds() == known
 
 
 def test_what_rounds_take_is_known_to_the_next_generation() -> None:
@@ -212,7 +284,7 @@ def test_a_model_remembers_its_times_and_stays_what_it_was() -> None:
     model, drafter = nn.Linear(2, 2), ScriptedDrafter([], 2, bool)
     before = set(model)
     assert isinstance(make_depth(3, model, drafter), FixedDepth)
-    assert not hasattr(model, "_round_times")
+    assert not record_of(model).round_times
     first = make_depth("auto", model, drafter)
     assert isinstance(first, AutoDepth)
     run(first, COSTS["rows cost little"], RATES["good"])

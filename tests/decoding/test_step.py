@@ -454,3 +454,44 @@ def test_an_interrupted_parked_round_leaves_what_was_yielded() -> None:
     expected = make_prompt_cache(model)
     list(generate_step(PROMPT, model, max_tokens=4, prompt_cache=expected))
     assert_same_cache(expected, cache_[:num_entries])
+
+
+def test_every_token_says_what_proposed_it(model: nn.Module) -> None:
+    stats = SpeculationStats(records_sources=True)
+    steps = spec_generate_step(
+        PROMPT, model, drafter=drafter_for(model), max_tokens=40, stats=stats
+    )
+    for num_tokens, (*_, is_draft) in enumerate(steps, 1):
+        assert len(stats.token_sources) == num_tokens
+        assert stats.token_sources[-1] == ("scripted" if is_draft else None)
+    assert "scripted" in stats.token_sources
+
+
+def test_sources_are_not_kept_unless_they_are_asked_for(model: nn.Module) -> None:
+    stats = SpeculationStats()
+    list(spec_generate_step(PROMPT, model, max_tokens=4, stats=stats))
+    assert stats.token_sources == []
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 9])
+def test_a_generation_that_is_left_is_ended_by_the_next_one(
+    model: nn.Module, num_tokens: int
+) -> None:
+    """Its rows would otherwise still be in the cache that both have."""
+    prompt_cache, script = make_prompt_cache(model), drafter_for(model, always)
+    left = spec_generate_step(
+        PROMPT, model, drafter=script, num_draft_tokens=3, prompt_cache=prompt_cache
+    )
+    taken = [next(left)[0] for _ in range(num_tokens)]
+    following = mx.array([5, 6])
+    found = list(
+        spec_generate_step(following, model, prompt_cache=prompt_cache, max_tokens=12)
+    )
+    expected = make_prompt_cache(model)
+    list(generate_step(PROMPT, model, max_tokens=num_tokens, prompt_cache=expected))
+    plain_steps = generate_step(following, model, max_tokens=12, prompt_cache=expected)
+    assert taken == [token for token, _ in plain(model, num_tokens)]
+    assert_same_tokens(list(plain_steps), found)
+    with pytest.raises(RuntimeError, match="given to another generation"):
+        list(left)
+    assert_same_cache(expected, prompt_cache[: len(expected)])

@@ -206,7 +206,7 @@ def test_tokens_of_the_prompt_are_proposed(demo: Any) -> None:
     drafter = MTPDrafter(model, 24)
     session = drafter.open(make_prompt_cache(model), 8, 0)
     session.prefill(prompt, mx.zeros((1, len(prompt), 128)))
-    resumed = drafter.resuming(prompt.tolist()).open(make_prompt_cache(model), 8, 0)
+    resumed = drafter.open(make_prompt_cache(model), 8, 0, prompt.tolist())
     resumed.prefill(prompt[-1:], mx.zeros((1, 1, 128)))
     for seen in (session, resumed):
         logits = seen._project(mx.zeros((1, 1, 128)))[0, 0]
@@ -262,6 +262,8 @@ def one_hot(tokens: mx.array) -> mx.array:
 
 
 class MarkovHead:
+    name = "markov"
+    num_put_off = 0
     """Drafts with some of the rows of the output layer, as an MTP head does."""
 
     reads_hidden_states = False
@@ -276,6 +278,8 @@ class MarkovHead:
         return self
 
     def prefill(self, *_: Any) -> None: ...
+
+    def catch_up(self) -> None: ...
 
     def close(self, *_: Any) -> None: ...
 
@@ -309,3 +313,23 @@ def test_a_layer_without_rows_to_take_is_refused() -> None:
     setattr(owner, name, type("Adapted", (type(owner[name]),), {})(8, 8))
     with pytest.raises(SpeculationError, match="output layer is a Adapted"):
         MTPDrafter(model, 4)
+
+
+def test_rows_are_copied_once_for_all_generations(demo: Any) -> None:
+    model, _ = demo
+    first, second = (MTPDrafter(model, 64)._vocabulary for _ in range(2))
+    assert first is second
+    projections = [first.projection(tokens) for tokens in ([3, 700], [900, 901, 3])]
+    assert projections[0]._parts[0] is projections[1]._parts[0]
+    # What is copied for a sequence is no more than its prompt has beside those.
+    added = [projection._parts[1].tokens.tolist() for projection in projections]
+    assert added == [[700], [900, 901]]
+    hidden = mx.random.normal((1, 1, 128), key=mx.random.key(2))
+    whole = model.project(hidden)
+    for projection in projections:
+        logits = projection(hidden)
+        kept = mx.array(projection.tokens)
+        assert kept.size == 64
+        assert mx.array_equal(logits[..., kept], whole[..., kept]).item()
+        assert mx.sum(logits > -mx.inf).item() == 64
+    assert MTPDrafter(model, 65)._vocabulary is not first

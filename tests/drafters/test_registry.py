@@ -177,7 +177,9 @@ class PreferLast(nn.Module):
 class RepeatDrafter:
     """Proposes what followed the last token where it last occurred."""
 
+    name = "repeat"
     reads_hidden_states = False
+    num_put_off = 0
 
     def __init__(self, source):
         self.num_tokens = json.loads((Path(source) / "config.json").read_text())[
@@ -189,7 +191,7 @@ class RepeatDrafter:
     def make_cache(self):
         return []
 
-    def open(self, prompt_cache, num_target_entries, num_tokens):
+    def open(self, prompt_cache, num_target_entries, num_tokens, tokens=()):
         self.seen = []
         return self
 
@@ -202,7 +204,10 @@ class RepeatDrafter:
         for _ in range(num_draft_tokens):
             earlier = [i for i, token in enumerate(memory[:-1]) if token == memory[-1]]
             memory.append(memory[earlier[-1] + 1] if earlier else memory[-1])
-            proposal.add((mx.arange(states.shape[-1]) == memory[-1])[None] * 9.0)
+            proposal.add((mx.arange(proposal.vocab_size) == memory[-1])[None] * 9.0)
+
+    def catch_up(self):
+        pass
 
     def close(self, num_tokens, last_state):
         pass

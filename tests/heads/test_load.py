@@ -202,3 +202,89 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     sidecar(tmp_path / "head", {})
     assert_same(load("~/head"), reference_head(DENSE))
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf])
+@pytest.mark.parametrize("name", ["fc.weight", "norm.weight"])
+def test_values_that_are_no_numbers_are_an_error(tmp_path, name, value):
+    *_, head = oracle(DENSE)
+    damaged = mx.array(head[name])
+    damaged[..., 3] = value
+    with pytest.raises(SpeculationError, match=rf"not finite numbers: {name}\."):
+        load(sidecar(tmp_path, {name: damaged}))
+
+
+def test_the_head_of_a_model_with_another_vocabulary_is_an_error(tmp_path):
+    config, _, head = oracle(DENSE)
+    config["text_config"]["vocab_size"] = 999
+    folder = write(tmp_path, config, {"mtp.safetensors": prefixed(head)})
+    with pytest.raises(
+        SpeculationError, match="vocab_size of 999, and the model of 320"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", ["x", 5, [1], ["mtp.safetensors"], {"mtp_file": 7}])
+def test_a_place_that_is_declared_with_a_wrong_type_hides_no_head(tmp_path, value):
+    config, _, head = oracle(DENSE)
+    config["mlx_lm_extra_tensors"] = value
+    folder = write(tmp_path, config, {"mtp.safetensors": prefixed(head)})
+    assert_same(load(folder), reference_head(DENSE))
+
+
+@pytest.mark.parametrize("content", [[], {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_of_a_wrong_type_is_named(tmp_path, content):
+    folder = convert(DENSE, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(SpeculationError, match=r"index\.json is needed"):
+        load(folder)
+
+
+def split(place: Path, with_index: bool = True) -> Path:
+    """A raw checkpoint whose head has a shard of its own."""
+    config, trunk, head = oracle(DENSE)
+    shards = {
+        "model-00001-of-00002.safetensors": trunk,
+        "model-00002-of-00002.safetensors": prefixed(head),
+    }
+    return write(place, config, shards, with_index=with_index)
+
+
+def wrong_head() -> dict[str, mx.array]:
+    *_, head = oracle(DENSE)
+    return prefixed({name: mx.ones(x.shape) for name, x in head.items()})
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("name", ["adapters.safetensors", "z.safetensors"])
+def test_a_file_that_is_none_of_the_models_is_not_looked_at(tmp_path, with_index, name):
+    folder = split(tmp_path, with_index)
+    (folder / name).write_bytes(b"broken")
+    assert_same(load(folder), reference_head(DENSE))
+    write(folder, None, {name: wrong_head()})
+    assert_same(load(folder), reference_head(DENSE))
+
+
+def test_of_an_indexed_model_only_the_shards_of_the_head_must_be_whole(tmp_path):
+    folder = split(tmp_path)
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"broken")
+    write(folder, None, {"model-old.safetensors": wrong_head()})
+    found = load(folder)
+    assert_same(found, reference_head(DENSE))
+
+
+def test_a_tensor_that_is_stored_twice_is_an_error(tmp_path):
+    folder = split(tmp_path, with_index=False)
+    write(folder, None, {"model-old.safetensors": wrong_head()})
+    with pytest.raises(SpeculationError, match=r"\.weight is in both .*-old"):
+        load(folder)
+
+
+def test_of_a_head_by_itself_the_file_that_is_broken_is_named(tmp_path):
+    config, _, head = oracle(DENSE)
+    write(tmp_path, config, {"any.safetensors": prefixed(head)})
+    (tmp_path / "other.safetensors").write_bytes(b"broken")
+    assert_same(load(tmp_path), reference_head(DENSE))
+    (tmp_path / "any.safetensors").unlink()
+    with pytest.raises(SpeculationError, match=r"other\.safetensors .* not a complete"):
+        load(tmp_path)

@@ -202,3 +202,30 @@ def test_a_quantisation_that_mlx_does_not_know_is_an_error(
         tensors[f"fc.{name}"] = changed
     with pytest.raises(SpeculationError, match=reason):
         load(sidecar(tmp_path, DENSE, tensors), DENSE)
+
+
+@pytest.mark.parametrize("block", ["4-bit", 4, [4]])
+def test_a_block_of_a_wrong_type_is_as_none(tmp_path, block):
+    config, _, head = oracle(DENSE)
+    config["mtplx_mtp_quantization"] = block
+    folder = write(tmp_path, config, {"mtp.safetensors": prefixed(head)})
+    assert_same(load(folder, DENSE), reference_head(DENSE))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": "four"},
+        {"group_size": "64"},
+        {"group_size": 0},
+        {"mode": 3},
+        {"policy": []},
+    ],
+)
+def test_a_block_with_a_value_of_a_wrong_type_is_an_error(tmp_path, change):
+    config, _, head = oracle(DENSE)
+    params = {"group_size": 32, "bits": 4, "policy": "all", "prequantized": False}
+    config["mtplx_mtp_quantization"] = params | change
+    folder = write(tmp_path, config, {"mtp.safetensors": prefixed(head)})
+    with pytest.raises(SpeculationError, match=r"mtplx_mtp_quantization|quantisation"):
+        load(folder, DENSE)

@@ -217,13 +217,18 @@ def test_a_failure_leaves_the_model_as_it_was(model, originals, has_old):
     assert not list(model.glob(".*"))
 
 
-def test_a_full_disk_leaves_the_model_as_it_was(model, originals):
+@pytest.mark.parametrize(
+    ("size", "name"), [(10, "config.json"), (10_000, "optiq/mtp.safetensors")]
+)
+def test_a_full_disk_is_named_and_leaves_the_model_as_it_was(
+    model, originals, size, name
+):
     head = head_for(model, originals[DENSE])
     before = contents(model)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(RuntimeError, match="Unable to write"):
+        with pytest.raises(OSError, match=f"'{model / name}'"):
             add_sidecar(model, head)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -285,3 +290,19 @@ def test_a_kill_before_the_end_leaves_every_file_as_it_was(model, originals):
     assert_same(load_head(model, host.args, host.dtype), old)
     left_over = {name for name in contents(model) if name.startswith(".mtp-")}
     assert {n: x for n, x in contents(model).items() if n not in left_over} == before
+
+
+@pytest.mark.parametrize("value", ["x", 5, [1]])
+def test_what_is_declared_with_a_wrong_type_is_replaced(model, originals, value):
+    config = config_of(model) | {"mlx_lm_extra_tensors": value}
+    (model / "config.json").write_text(json.dumps(config))
+    add_sidecar(model, head_for(model, originals[DENSE]))
+    expected = {"mtp_file": "optiq/mtp.safetensors"}
+    assert config_of(model)["mlx_lm_extra_tensors"] == expected
+
+
+def test_the_folder_of_the_head_is_a_place_that_a_head_is_read_from(model, originals):
+    head = head_for(model, originals[DENSE])
+    add_sidecar(model, head)
+    host = host_of(model)
+    assert_same(load_head(model / "optiq", host.args, host.dtype), head)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3_5 import TextModelArgs
 from mlx_lm.utils import load_model, quantize_model, save_model
 
+from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.heads import MTPHead, load_head
 from tests.helpers import DEMO
 
@@ -134,7 +135,7 @@ def unreadable(folder: Path, shape: tuple[int, ...]) -> mx.array:
 def load(folder: Path) -> nn.Module:
     """Load a model as ``mlx_lm.load`` does once it is patched."""
     model, _ = load_model(folder)
-    model._mtp_source = folder
+    record_of(model).source = folder
     return model
 
 

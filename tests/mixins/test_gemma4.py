@@ -165,7 +165,9 @@ def feed_and_reject(model: Any, cache: list[Any], ids: mx.array, *kept: int) -> 
             [ids[:, start : start + num_kept], mx.full((1, 5 - num_kept), 7)], axis=1
         )
         transaction = Transaction(cache)
-        transaction.run(lambda n, rows=rows: model(rows[:, :n], cache=cache), 5)
+        transaction.run(
+            lambda entries, n, rows=rows: model(rows[:, :n], cache=entries), 5
+        )
         transaction.keep(num_kept)
         start += num_kept
 

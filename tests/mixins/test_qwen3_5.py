@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from mlx_lm.models import qwen3, qwen3_5
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_optiq_ext._errors import SpeculationError
+from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.mixins import qwen3_5 as mixin
 from mlx_optiq_ext.mixins.qwen3_5 import MTPMixin, attach_mtp
 from tests.heads.variants import (
@@ -33,6 +36,7 @@ from tests.heads.variants import (
     unreadable,
     write,
 )
+from tests.helpers import load_tiny
 
 KINDS = [DENSE, MOE]
 NUM_PROMPT_TOKENS = 16
@@ -183,7 +187,7 @@ def test_attaching_leaves_the_model_as_it_was(make, tmp_path):
     assert isinstance(model, model_class)
     for name in ("__name__", "__module__", "__doc__"):
         assert getattr(type(model), name) == getattr(model_class, name)
-    assert model.mtp is model._mtp is head
+    assert model.mtp is record_of(model).head is head
 
     after = dict(tree_flatten(model.parameters()))
     assert after.keys() == before.keys()
@@ -298,7 +302,7 @@ def test_a_distributed_model_is_an_error(kind):
 
 def test_a_folder_that_is_gone_is_named(tmp_path):
     model = load(ORACLE / DENSE)
-    model._mtp_source = tmp_path / "gone"
+    record_of(model).source = tmp_path / "gone"
     with pytest.raises(SpeculationError, match="gone is neither"):
         attach_mtp(model)
 
@@ -321,3 +325,23 @@ def test_a_head_of_another_model_is_an_error(tmp_path):
     folder = write(tmp_path, config, {"mtp.safetensors": prefixed(head)})
     with pytest.raises(SpeculationError, match="it is the head of another model"):
         attach_mtp(load(ORACLE / DENSE), folder)
+
+
+@pytest.mark.parametrize(
+    "copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_is_the_model_that_mlx_lm_loaded(copied: Any) -> None:
+    """It knows where the model came from, and attaches the head again from there."""
+    model = load_tiny("dense")
+    original = type(model)
+    attach_mtp(model)
+    found = copied(model)
+    assert type(found) is original
+    assert record_of(found).source == record_of(model).source
+    assert record_of(found).head is None
+    tokens = mx.array([[3, 1, 4]])
+    assert mx.array_equal(found(tokens), model(tokens)).item()
+    attach_mtp(found)
+    assert found.mtp is not model.mtp
+    names = [name for name, _ in tree_flatten(found.parameters())]
+    assert names == [name for name, _ in tree_flatten(model.parameters())]

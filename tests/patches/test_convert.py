@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -317,3 +318,80 @@ def test_commands_that_learn_a_quantisation_keep_the_head(
     assert isinstance(save, wrapt.FunctionWrapper)
     for command in ("dwq", "awq", "gptq"):
         assert importlib.import_module(f"mlx_lm.quant.{command}").save is save
+
+
+@pytest.mark.parametrize("name", ["mlx_lm_extra_tensors", "mtplx_mtp_quantization"])
+@pytest.mark.parametrize("value", ["x", 5, [1, 2], {"mtp_file": 1, "bits": "x"}])
+def test_a_block_of_a_wrong_type_ends_no_conversion(
+    original: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    odd = shutil.copytree(original, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {name: value}))
+    mlx_lm.convert(str(odd), str(tmp_path / "model"), quantize=True)
+    assert load_model(tmp_path / "model")
+    assert len(quantization_of(head_of(tmp_path / "model"))) == 7
+
+
+def test_a_head_with_a_quantisation_that_is_none_is_left_behind(
+    original: Path, tmp_path: Path
+) -> None:
+    odd = shutil.copytree(original, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    block = {"prequantized": False, "bits": "four"}
+    config["mtplx_mtp_quantization"] = block
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"written without its MTP head.*'four'"):
+        mlx_lm.convert(str(odd), str(tmp_path / "model"))
+    assert load_model(tmp_path / "model")
+
+
+FULL_DISK = """
+import resource, signal, sys
+import mlx_lm, mlx_lm.utils
+from mlx_lm import cli
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+size = int(sys.argv.pop())
+upstream = mlx_lm.utils.create_model_card
+
+def last_file_of_upstream(*args, **kwargs):
+    upstream(*args, **kwargs)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+mlx_lm.utils.create_model_card = last_file_of_upstream
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(10, "config.json"), (10_000, "mtp.safetensors")]
+)
+def test_a_disk_that_is_full_before_the_head_costs_the_head_only(
+    original: Path, tmp_path: Path, size: int, name: str
+) -> None:
+    folder = tmp_path / "model"
+    arguments = ["convert", "--hf-path", original, "--mlx-path", folder, size]
+    process = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in process.stderr
+    assert process.returncode == 0
+    assert "The model is written without its MTP head" in process.stderr
+    assert str(folder / "optiq" / name) in process.stderr or (
+        str(folder / name) in process.stderr
+    )
+    assert load_model(folder)
+    assert not (folder / "optiq").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_the_command_that_is_suggested_can_be_pasted(
+    original: Path, tmp_path: Path
+) -> None:
+    headless, again = tmp_path / "headless", tmp_path / "my model"
+    mlx_lm.convert(str(original), str(headless), mtp=False)
+    with pytest.warns(UserWarning, match=f"ORIGINAL --into '{again}' adds"):
+        mlx_lm.convert(str(headless), str(again))

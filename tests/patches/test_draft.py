@@ -18,6 +18,7 @@ from mlx_lm import generate, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_optiq_ext import GemmaAssistantDrafter, SpeculationError
+from mlx_optiq_ext._record import record_of
 from tests.gemma import (
     A4B,
     E4B,
@@ -66,7 +67,7 @@ def test_responses_are_those_of_plain_decoding(gemma, draft, num_draft_tokens):
     plain = list(stream_generate(*gemma, PROMPT, max_tokens=20))
     options = {"draft": draft, "num_draft_tokens": num_draft_tokens}
     # Whoever knows what rounds took may draft nothing; whoever does not tries it.
-    vars(gemma[0]).pop("_round_times", None)
+    record_of(gemma[0]).round_times.clear()
     speculative = list(stream_generate(*gemma, PROMPT, max_tokens=20, **options))
     assert comparable(plain) == comparable(speculative)
     for one, other in zip(plain, speculative, strict=True):
@@ -109,7 +110,7 @@ def test_turns_of_a_chat_share_a_cache_and_a_drafter(gemma):
         ]
         assert texts[0] == texts[1]
         assert_same_cache(*caches)
-        loaded.append(gemma[0]._drafter)
+        loaded.append(record_of(gemma[0]).drafter)
     assert loaded[0] is loaded[1] is loaded[2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,11 +33,12 @@ class ServerProcess:
         self.log = log
         self.port = free_port()
         arguments = ["--model", str(folder), "--port", str(self.port), *flags]
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-c", start, "--trust-remote-code", *arguments],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent)},
+            preexec_fn=take_interrupts,
         )
         self._wait()
 
@@ -46,7 +48,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     def output(self) -> str:
         return self.log.read_text()
@@ -63,12 +65,12 @@ class ServerProcess:
         return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def _wait(self) -> None:
         deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=TIMEOUT)
             except OSError:
@@ -113,6 +115,11 @@ def start_server(
 def server(start_server: Starter) -> ServerProcess:
     """The server that most tests share."""
     return start_server()
+
+
+def take_interrupts() -> None:
+    """Let Ctrl-C reach a process even if the tests run where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -33,6 +33,7 @@ def make_drafter(folder: Path) -> Path:
 
 
 class ScriptedDrafter:
+    name = "scripted"
     reads_hidden_states = False
 
     def __init__(self, source: Any):
@@ -45,14 +46,13 @@ class ScriptedDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
-    def open(
-        self, prompt_cache: list[Any], num_target_entries: int, num_tokens: int
-    ) -> ScriptedSession:
+    def open(self, prompt_cache: list[Any], *_: Any) -> ScriptedSession:
         return ScriptedSession(self.args, prompt_cache)
 
 
 class ScriptedSession:
     last_state = None
+    num_put_off = 0
 
     def __init__(self, args: Any, prompt_cache: list[Any]):
         self.args = args
@@ -75,6 +75,9 @@ class ScriptedSession:
             row.append(token)
             is_token = mx.arange(self.args.vocab_size) == token
             proposal.add(mx.where(is_token, 50.0, 0.0)[None])
+
+    def catch_up(self) -> None:
+        pass
 
     def close(self, num_tokens: int, last_state: Any) -> None:
         pass

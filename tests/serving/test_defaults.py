@@ -75,6 +75,35 @@ def test_a_model_that_is_to_be_sampled_is(start_server: Starter, sampled: Path) 
         assert len({text_of(server, path, top_k=1) for _ in range(3)}) == 1
 
 
+def test_what_is_recommended_is_said_at_start_up(
+    start_server: Starter, sampled: Path, penalised: Path
+) -> None:
+    def lines(*flags: str, folder: Path = sampled) -> list[str]:
+        server = start_server(*flags, folder=folder)
+        # Once there is a reply the model is loaded.
+        assert text_of(server, COMPLETIONS)
+        return [line for line in server.output().splitlines() if "recommends" in line]
+
+    (line,) = lines("--mtp", "--log-level", "WARNING")
+    assert "temperature 1.5, top_k 200" in line
+    assert "--temp 0" in line
+    (line,) = lines("--recommended-sampling", "--top-k", "5")
+    assert line.endswith("temperature 1.5; start with --temp 0 for greedy decoding")
+    (line,) = lines("--mtp", folder=penalised)
+    assert line.endswith("repetition_penalty 1.5")
+    assert lines() == lines("--mtp", "--temp", "0") == []
+
+
+def test_a_recommended_top_k_of_all_tokens_is_no_mistake_of_a_client(
+    start_server: Starter, tmp_path: Path
+) -> None:
+    folder = copy_with(tmp_path / "model", SAMPLED | {"top_k": 10**6})
+    server = start_server("--mtp", folder=folder)
+    for path in PATHS:
+        assert text_of(server, path)
+        assert ask(server, path, temperature=1, top_k=10**6).status == 400
+
+
 def test_a_flag_wins_even_with_the_default_of_mlx_lm(
     start_server: Starter, sampled: Path
 ) -> None:

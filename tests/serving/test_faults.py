@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
+import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,9 @@ import pytest
 from .conftest import ServerProcess, Starter
 from .scripted import say
 
-SLOW = say("a" * 100, sleep=0.05)
+# What is not stopped takes longer than any client waits.
+SLOW = say("a" * 100, sleep=0.5)
+SLOW_PROMPT = say("a", prefill_sleep=30.0)
 PATHS = (
     "/v1/messages",
     "/v1/responses",
@@ -72,10 +77,86 @@ def test_a_client_that_leaves_frees_its_slot(
     else:
         time.sleep(0.3)
     connection.close()
-    began = time.monotonic()
     assert reply(single, say("next"))[0] == 200
-    assert time.monotonic() - began < 2.0
     assert "Traceback" not in single.output()
+
+
+def send(server: ServerProcess, path: str, text: str, *, stream: bool) -> socket.socket:
+    """A connection over which a request was sent."""
+    body = json.dumps(body_for(path, text, stream=stream))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = server.connect()
+    connection.sendall((head + body).encode())
+    return connection
+
+
+def without_ids(reply: bytes) -> list[str]:
+    """The lines of a reply that are the same for every client."""
+    varying = ("request-id", "x-request-id", "Date")
+    lines = [
+        line
+        for line in reply.decode().splitlines()
+        if not line.startswith(varying) and not line.startswith(":")
+    ]
+    return [PATTERN_OF_IDS.sub("", line) for line in lines if line]
+
+
+PATTERN_OF_IDS = re.compile(
+    r'(msg|resp|rs|req|chatcmpl)[_-][0-9a-f-]+|"(created|completed)\w*": [\d.]+'
+    r'|"\w*cache\w*": \d+|"input_tokens": \d+'
+)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_client_that_shuts_down_its_side_gets_the_whole_reply(
+    server: ServerProcess, path: str, stream: bool
+) -> None:
+    # Long enough for the server to wonder whether the client has left.
+    text = say("a" * 4, sleep=0.3, prefill_sleep=1.0)
+    replies = []
+    for shuts_down in (True, False):
+        with send(server, path, text, stream=stream) as connection:
+            if shuts_down:
+                connection.shutdown(socket.SHUT_WR)
+            pieces = iter(functools.partial(connection.recv, 1 << 16), b"")
+            replies.append(b"".join(pieces))
+    assert replies[0].startswith(b"HTTP/1.0 200 OK\r\n")
+    assert without_ids(replies[0]) == without_ids(replies[1])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_client_that_shuts_down_its_side_and_leaves_frees_its_slot(
+    single: ServerProcess, path: str, stream: bool
+) -> None:
+    connection = send(single, path, SLOW, stream=stream)
+    connection.shutdown(socket.SHUT_WR)
+    time.sleep(0.7)
+    connection.close()
+    assert reply(single, say("next"))[0] == 200
+
+
+def test_a_broken_connection_to_another_host_is_an_error_of_the_request(
+    start_server: Starter,
+) -> None:
+    server = start_server(start=BROKEN_HOST)
+    for path in PATHS:
+        for stream in (True, False):
+            response = start(server, path, say("x"), stream=stream).getresponse()
+            assert response.status == 500
+            assert "another host" in json.loads(response.read())["error"]["message"]
+
+
+# A connection to some other host breaks while requests are answered.
+BROKEN_HOST = """\
+import mlx_optiq_ext
+from mlx_lm import server
+def fail(*args):
+    raise ConnectionResetError("another host")
+server.ResponseGenerator._make_state_machine = fail
+server.main()
+"""
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -84,17 +165,15 @@ def test_a_client_that_leaves_the_line_is_not_served(
 ) -> None:
     # What has a seed is served alone, and all the others wait for its end.
     busy = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    first = body_for("/v1/messages", say("a" * 40, sleep=0.05), stream=False)
+    first = body_for("/v1/messages", say("a" * 4, sleep=0.5), stream=False)
     busy.request("POST", "/v1/messages", json.dumps(first | {"seed": 1}))
     time.sleep(0.3)
     for _ in range(3):
-        waiting = start(server, path, say("a", prefill_sleep=1.0), stream=False)
+        waiting = start(server, path, SLOW_PROMPT, stream=False)
         time.sleep(0.1)
         waiting.close()
     assert busy.getresponse().status == 200
-    began = time.monotonic()
     assert reply(server, say("next"))[0] == 200
-    assert time.monotonic() - began < 2.0
 
 
 def test_a_failed_request_does_not_end_the_server(single: ServerProcess) -> None:
@@ -137,18 +216,14 @@ server.main()
 
 def test_a_dead_generation_thread_is_noticed(start_server: Starter) -> None:
     server = start_server(start=DEADLY)
-    began = time.monotonic()
     assert reply(server, say("x"))[0] == 503
-    assert time.monotonic() - began < 5.0
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("GET", "/health")
     assert connection.getresponse().status == 503
     for path in PATHS:
-        began = time.monotonic()
         response = start(server, path, say("x"), stream=True).getresponse()
         assert response.status == 503
         assert json.loads(response.read())["error"]["message"]
-        assert time.monotonic() - began < 0.5
 
 
 def test_a_slow_client_does_not_hold_up_the_others(server: ServerProcess) -> None:

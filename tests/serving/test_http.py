@@ -90,6 +90,10 @@ def test_routes_with_and_without_a_query(
         (b"\xff\xfe", 400),
         (b'{"model": NaN}', 400),
         (b"[" * 100_000, 400),
+        (b'{"temperature": 1e999}', 400),
+        (b'{"messages": [{"a": -1e999}]}', 400),
+        (b'{"temperature": 1' + b"0" * 400 + b"}", 400),
+        (b'{"a": ' + b"[" * 900 + b"1e999" + b"]" * 900 + b"}", 400),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", 400),
         (b"{}", 400),
     ],
@@ -115,10 +119,33 @@ def test_lengths_that_are_none(server: ServerProcess, path: str) -> None:
         (b"Content-Length: 99999999999999999999999\r\n", 413),
         (b"Content-Length: 33554433\r\n", 413),
         (b"Content-Length: 2\r\nContent-Encoding: zstd\r\n", 415),
+        (b"Content-Length: 2\r\nContent-Length: 3\r\n", 400),
+        (b"Content-Length: 2, 3\r\n", 400),
+        (b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n", 400),
     ):
         found, body = send_raw(server, start + length + b"\r\n{}")
         assert found == status
         assert_error(path, body)
+        if status in (400, 411):
+            assert "Content-Length" in body["error"]["message"]
+
+
+def test_one_length_may_be_said_twice(server: ServerProcess) -> None:
+    data = json.dumps(MESSAGE)
+    length = f"Content-Length: {len(data)}\r\n"
+    head = f"POST /v1/messages HTTP/1.1\r\n{length}{length}\r\n"
+    assert send_raw(server, (head + data).encode())[0] == 200
+
+
+def test_a_number_that_is_too_large_is_named(server: ServerProcess) -> None:
+    for path, fields in BODIES.items():
+        data = json.dumps(fields)[:-1] + ', "temperature": 1e999}'
+        status, _, body = ask(server, "POST", path, data.encode())
+        assert status == 400
+        assert "temperature: 1e999" in body["error"]["message"]
+    data = b'{"messages": [{"role": "user", "x": -1e400}]}'
+    message = ask(server, "POST", "/v1/messages", data)[2]["error"]["message"]
+    assert "messages.0.x: -1e400" in message
 
 
 def test_a_body_over_the_limit_gets_its_answer(start_server: Starter) -> None:
@@ -150,9 +177,125 @@ def test_a_body_over_the_limit_gets_its_answer(start_server: Starter) -> None:
 def test_paths_and_methods_that_are_none(
     server: ServerProcess, method: str, path: str, status: int
 ) -> None:
-    found, _, body = ask(server, method, path)
+    found, headers, body = ask(server, method, path)
     assert found == status
     assert_error(path, body)
+    assert ("allow" in headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/messages", {"POST", "OPTIONS"}),
+        ("GET", "/responses", {"POST", "OPTIONS"}),
+        ("PUT", "/v1/responses/x", {"GET", "HEAD", "DELETE", "OPTIONS"}),
+        ("POST", "/health", {"GET", "HEAD", "OPTIONS"}),
+        ("HEAD", "/v1/completions", {"POST", "OPTIONS"}),
+    ],
+)
+def test_a_method_that_is_not_allowed_is_told_which_are(
+    server: ServerProcess, method: str, path: str, allowed: set[str]
+) -> None:
+    status, headers, _ = ask(server, method, path)
+    assert status == 405
+    assert set(headers["allow"].split(", ")) == allowed
+
+
+def test_head_is_get_without_a_body(server: ServerProcess) -> None:
+    for path in (
+        "/health",
+        "/v1/models",
+        "/v1/models/x/y",
+        "/metrics",
+        "/v1/responses/x",
+    ):
+        connection = server.connect()
+        connection.sendall(f"HEAD {path} HTTP/1.1\r\n\r\n".encode())
+        reply = b"".join(iter(lambda c=connection: c.recv(1 << 16), b""))
+        connection.close()
+        expected = 404 if path == "/v1/responses/x" else 200
+        assert int(reply.split()[1]) == expected
+        assert reply.endswith(b"\r\n\r\n")
+        assert reply.count(b"\r\n\r\n") == 1
+
+
+PAGE = "http://page.test"
+
+
+def test_a_page_of_another_origin_does_no_work(start_server: Starter) -> None:
+    server = start_server("--allowed-origins", f"{PAGE},http://other.test")
+    before = server.output()
+    for path, fields in BODIES.items():
+        for origin in (
+            "http://evil.test",
+            "null",
+            f"{PAGE}.evil.test",
+            "http://PAGE.test",
+        ):
+            # Browsers ask nobody before they send plain text.
+            headers = {"Origin": origin, "Content_Type": "text/plain"}
+            status, found, body = ask(server, "POST", path, fields, **headers)
+            assert status == 403
+            assert "access-control-allow-origin" not in found
+            assert_error(path, body)
+    for method, path in (("GET", "/v1/models"), ("OPTIONS", "/v1/messages")):
+        assert ask(server, method, path, None, Origin="http://evil.test")[0] == 403
+    added = server.output().removeprefix(before)
+    assert "Prompt" not in added
+    assert "generated" not in added
+    for path, fields in BODIES.items():
+        status, found, _ = ask(server, "POST", path, fields, Origin=PAGE)
+        assert status == 200
+        assert found["access-control-allow-origin"] == PAGE
+        assert ask(server, "POST", path, fields)[0] == 200
+
+
+def test_an_origin_is_refused_before_the_body_is_read(start_server: Starter) -> None:
+    server = start_server("--allowed-origins", PAGE)
+    head = b"POST /v1/messages HTTP/1.1\r\nOrigin: http://evil.test\r\n"
+    with server.connect() as connection:
+        connection.sendall(head + b"Content-Length: 900\r\n\r\n")
+        assert b" 403 " in connection.recv(1 << 16).split(b"\r\n")[0]
+
+
+def test_every_origin_is_allowed_by_default(server: ServerProcess) -> None:
+    status, headers, _ = ask(server, "POST", "/v1/messages", MESSAGE, Origin=PAGE)
+    assert status == 200
+    assert headers["access-control-allow-origin"] == "*"
+
+
+def test_a_preflight_names_the_headers_with_keys(start_server: Starter) -> None:
+    server = start_server("--api-key", "k", "--allowed-origins", PAGE)
+    for path in (*BODIES, "/v1/responses/x"):
+        status, headers, _ = ask(server, "OPTIONS", path, None, Origin=PAGE, Host="x")
+        assert status == 204
+        names = headers["access-control-allow-headers"].lower().split(", ")
+        assert {"authorization", "x-api-key", "content-type"} <= set(names)
+        assert headers["access-control-allow-origin"] == PAGE
+        assert "POST" in headers["access-control-allow-methods"]
+
+
+def test_nothing_of_a_query_and_no_control_character_is_logged(
+    server: ServerProcess,
+) -> None:
+    for method, path in (
+        ("POST", "/v1/messages?token=hidden"),
+        ("GET", "/nothing?token=hidden"),
+        ("GET", "/\x1b[31m\x9bred"),
+        ("\x1b[2J", "/x?token=hidden"),
+    ):
+        data = f"{method} {path} HTTP/1.1\r\nContent-Length: 2\r\n\r\n{{}}"
+        assert send_raw(server, data.encode("latin-1"))[0] >= 400
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/messages?token=hidden\x1b HTTP/1.1\r\n")
+        connection.sendall(b"Content-Length: 9\r\n\r\n{}")
+        linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    assert ask(server, "GET", "/health")[0] == 200
+    output = server.output()
+    assert "hidden" not in output
+    assert not {"\x1b", "\x9b"} & set(output)
+    assert "/v1/messages HTTP/1.1" in output
 
 
 def test_probes(server: ServerProcess) -> None:
@@ -166,6 +309,38 @@ def test_probes(server: ServerProcess) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("OPTIONS", "/v1/messages")
     assert connection.getresponse().status == 204
+
+
+FORGETFUL = """\
+import threading
+import mlx_optiq_ext
+from mlx_lm import server
+class Tokenizer:
+    # To all but the generation thread every second look finds a model being loaded.
+    looks = 0
+    def __set__(self, provider, value):
+        provider.__dict__["tokenizer"] = value
+    def __get__(self, provider, owner=None):
+        if "_run_generate" not in threading.current_thread().name:
+            self.looks += 1
+            if self.looks % 2 == 0:
+                return None
+        return provider.__dict__["tokenizer"]
+server.ModelProvider.tokenizer = Tokenizer()
+server.main()
+"""
+
+
+def test_a_model_that_is_loaded_meanwhile_is_no_mistake_of_the_client(
+    start_server: Starter,
+) -> None:
+    server = start_server(start=FORGETFUL)
+    prefill = [*MESSAGE["messages"], {"role": "assistant", "content": "so"}]
+    for _ in range(3):
+        for path in ("/v1/messages/count_tokens", "/v1/responses/input_tokens"):
+            assert ask(server, "POST", path, BODIES[path])[0] == 200
+        body = MESSAGE | {"messages": prefill}
+        assert ask(server, "POST", "/v1/messages", body)[0] == 200
 
 
 def test_web_sockets_are_told_to_use_http(server: ServerProcess) -> None:

@@ -100,6 +100,30 @@ def test_a_request_leaves_one_line(measured: ServerProcess, path: str) -> None:
     )
 
 
+def test_routes_are_named_by_their_paths(measured: ServerProcess) -> None:
+    for method, path in (
+        ("HEAD", "/"),
+        ("OPTIONS", "/v1/messages"),
+        ("GET", "/v1/models/a/b"),
+        ("GET", "/responses/x/input_items"),
+        ("HEAD", "/health"),
+        ("GET", "/no/such/path"),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", measured.port, timeout=20)
+        connection.request(method, path)
+        connection.getresponse().read()
+        connection.close()
+    expected = {"/", "/{path}", "/v1/models/{path}", "/health", "other"}
+    expected |= {"/v1/responses/{id}/input_items"}
+
+    def routes() -> set[str]:
+        names = (dict(labels).get("route") for _, labels in samples(measured))
+        return {name for name in names if name is not None}
+
+    assert eventually(lambda: expected <= routes())
+    assert all(re.fullmatch(r"(/[\w{}]*)+|other|\*", name) for name in routes())
+
+
 def test_metrics_need_the_key_of_the_server(start_server: Starter) -> None:
     server = start_server("--api-key", "secret")
     assert get(server)[0] == 401

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any
 
 import pytest
 
+from mlx_optiq_ext.serving._errors import APIError
+from mlx_optiq_ext.serving._recovery import run_again
+from mlx_optiq_ext.serving._state import state_of
 from tests.helpers import DEMO
 
 from .conftest import START, ServerProcess, Starter
@@ -18,6 +22,29 @@ from .test_speculation import (
     ask,
     assert_counts_add_up,
 )
+
+
+def test_every_request_gets_an_exception_of_its_own() -> None:
+    class Generator:
+        _is_distributed = False
+
+    generator, queues = Generator(), [Queue[Any](), Queue[Any]()]
+    state_of(generator).waiting.update(queues)
+    errors = iter([ValueError("broken on purpose"), None])
+
+    def loop() -> None:
+        if (error := next(errors)) is not None:
+            raise error
+
+    run_again(generator, loop)
+    first, second = (queue.get_nowait() for queue in queues)
+    assert first is not second
+    for error in (first, second):
+        assert isinstance(error, APIError)
+        assert error.status == 500
+        assert "broken on purpose" in error.message
+    assert not state_of(generator).waiting
+
 
 # A negative bias of token 0 tells at which call a processor raises, a top_k of 777 that
 # the sampler does, at its fourth.

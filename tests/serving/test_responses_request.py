@@ -60,7 +60,10 @@ def test_a_later_developer_message_stays_where_it_is() -> None:
 
 
 def test_a_thought_stays_at_its_own_turn() -> None:
-    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "cut off"}]}
+    thought = {
+        "type": "reasoning",
+        "summary": [{"type": "summary_text", "text": "cut off"}],
+    }
     items = [
         message("user", "q"),
         thought,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -410,6 +411,39 @@ def test_an_adapter_changes_the_target_and_not_the_exactness(
     again = pair.compare(CHAT)
     assert again.text == base.text
     assert assert_counts_add_up(again)[0] > 0
+
+
+def test_an_adapter_is_applied_by_whatever_name_the_served_model_is_called(
+    pair: Pair, adapter: Path, tmp_path: Path
+) -> None:
+    for name in (None, "default_model", str(DEMO), "gpt-x"):
+        for path in BODIES:
+            model = {} if name is None else {"model": name}
+            found = pair.compare(path, adapters=str(adapter), **model)
+            assert found.text != pair.compare(path, **model).text
+            for server in pair:
+                missing = ask(server, path, adapters=str(tmp_path / "no"), **model)
+                assert missing.status == 404
+
+
+COUNT_SEARCHES = f"""
+from mlx_lm.generate import BatchGenerator
+find = BatchGenerator._find_uids
+def counting(self, uids):
+    print("searched", len(list(uids)), flush=True)
+    return find(self, uids)
+BatchGenerator._find_uids = counting
+{START}
+"""
+
+
+def test_no_request_searches_for_all_that_were_served(start_server: Starter) -> None:
+    server = start_server("--mtp", folder=DEMO, start=COUNT_SEARCHES)
+    for number in range(20):
+        ask(server, COMPLETIONS, prompt=f"x = {number}", max_tokens=2)
+    sizes = [int(size) for size in re.findall(r"searched (\d+)", server.output())]
+    assert len(sizes) >= 20
+    assert max(sizes) <= 4
 
 
 def test_a_quantised_cache_is_speculated_on(start_server: Starter) -> None:

@@ -66,3 +66,36 @@ def test_an_item_is_found_by_its_id() -> None:
     assert store.find_item("msg_1") == {"id": "msg_1", "text": ""}
     assert store.find_item("msg_2") is None
     assert store.find_item("resp_1") is None
+
+
+def test_an_item_is_found_as_long_as_any_response_holds_it() -> None:
+    store = ResponseStore(max_bytes=3500)
+    first = make(1, 1000)
+    store.add(first)
+    item = first.response["output"][0]
+    store.add(Stored({"id": "resp_2", "output": []}, [item, {"id": 7}, {"id": None}]))
+    assert store.remove("resp_1")
+    assert store.find_item("msg_1") == item
+    store.add(make(3, 1000))
+    store.add(make(4, 1000))
+    store.add(make(5, 1000))
+    assert store.get("resp_2") is None
+    assert store.find_item("msg_1") is None
+
+
+class Unread(str):
+    """Text that nobody may search."""
+
+    def __contains__(self, part: str) -> bool:
+        raise AssertionError("it was searched")
+
+
+def test_a_full_store_finds_an_item_without_reading_the_others() -> None:
+    store = ResponseStore()
+    for number in range(200):
+        store.add(make(number, 1000))
+    for name, entry in list(store._entries.items()):
+        if name != "resp_7":
+            store._entries[name] = entry._replace(text=Unread(entry.text))
+    assert store.find_item("msg_7") is not None
+    assert store.find_item("msg_none") is None

@@ -57,7 +57,7 @@ class ReplyFormat:
             EndOfText: If it is not complete.
         """
         yield from calls.source.skip_space()
-        if not self._is_streamed:
+        if _parser_name(self.parser) not in STREAMED:
             yield from read_whole(calls, self.parser)
             return
         opening = yield from calls.source.next_is(*OPENINGS)
@@ -66,10 +66,9 @@ class ReplyFormat:
         calls.source.back(len(opening))
         yield from OPENINGS[opening](calls)
 
-    @property
-    def _is_streamed(self) -> bool:
-        module = getattr(self.parser, "__module__", "")
-        return module.removeprefix("mlx_lm.tool_parsers.") in STREAMED
+
+def _parser_name(parser: Parser | None) -> str:
+    return getattr(parser, "__module__", "").removeprefix("mlx_lm.tool_parsers.")
 
 
 def _transitions(tokenizer: Any) -> Transitions:
@@ -81,13 +80,16 @@ def _transitions(tokenizer: Any) -> Transitions:
         transitions["reasoning"].append((tokenizer.think_end, "normal"))
     if tokenizer.has_tool_calling:
         # A template's own transitions decide where calls start.
-        start = (tokenizer.tool_call_start, "tool")
+        starts = [(tokenizer.tool_call_start, "tool")]
+        if _parser_name(tokenizer.tool_parser) == "qwen3_coder":
+            # Qwen3-Coder forgets the first marker now and then.
+            starts.append((XML_CALL, "tool"))
         if all(
             next_state != "tool" for edges in own.values() for _, next_state in edges
         ):
-            transitions["normal"].append(start)
+            transitions["normal"] += starts
         if tokenizer.has_thinking:
-            transitions["reasoning"].append(start)
+            transitions["reasoning"] += starts
     for marker in getattr(tokenizer, "structural_markers", ()):
         transitions["normal"].append((marker, "normal"))
     for state, edges in own.items():

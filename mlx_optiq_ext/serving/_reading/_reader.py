@@ -32,17 +32,14 @@ from .._events import (
     Usage,
 )
 from ._calls import CallReader, NotACallError
-from ._format import ReplyFormat
+from ._format import OPENINGS, ReplyFormat
 from ._schema import Declarations
 from ._source import EndOfText, Source, Steps
-
-# A space at the start of a token, in byte-level vocabularies and in SentencePiece's.
-SPACES = ("\u0120", "\u2581")
 
 MALFORMED = (
     "The model's call of {} is malformed, which showed after part of it was sent."
 )
-SHOWN = {"normal": Text, "reasoning": Thought}
+SHOWN: dict[str, type[Text | Thought]] = {"normal": Text, "reasoning": Thought}
 
 
 class Response(Protocol):
@@ -105,9 +102,7 @@ def read_reply(
         usage.num_thinking_tokens += reader.state == "reasoning"
         finish_reason = response.finish_reason
         if reading.gives_tokens:
-            yield Token(
-                response.token, response.logprob, response.top_tokens, response.text
-            )
+            yield _token(response)
         for event in reader.feed(response.text):
             yield event
             if reading.one_call and isinstance(event, Call):
@@ -188,15 +183,18 @@ class _Reader:
 
     def _calls(self, marker: str) -> Steps[None]:
         """The calls after a marker, which is text if there are none."""
-        calls = self._call_reader()
+        is_part, is_thought = marker in OPENINGS, self.state == "reasoning"
+        calls = self._call_reader(only_declared=is_thought or is_part)
         self._source.mark()
+        if is_part:
+            self._source.back(len(marker))
         try:
             yield from self._each_call(calls)
             return
         except NotACallError as exc:
             if calls.is_begun:
                 raise _malformed(calls.name) from exc
-            logging.warning("The model's call of a tool could not be read: %s", exc)
+            logging.warning("The model's call of a tool could not be read: %r", exc)
         except EndOfText:
             self.is_cut = True
         if calls.is_begun:
@@ -219,13 +217,13 @@ class _Reader:
                 source.release()
                 return
 
-    def _call_reader(self) -> CallReader:
+    def _call_reader(self, *, only_declared: bool) -> CallReader:
         is_thought, think_end = self.state == "reasoning", self._format.think_end
         return CallReader(
             self._source,
             self._format.call_end,
             self._tools,
-            only_declared=is_thought,
+            only_declared=only_declared,
             limits=[think_end] if is_thought and think_end else [],
         )
 
@@ -260,7 +258,9 @@ def joined(events: Iterable[Event | None]) -> Iterator[Event]:
     """Events with neighbours that are pieces of the same made one."""
     last: Event | None = None
     for event in events:
-        if type(event) is type(last) and isinstance(event, (Text, Thought, CallPiece)):
+        if isinstance(event, (Text, Thought, CallPiece)) and isinstance(
+            last, type(event)
+        ):
             last = dataclasses.replace(event, text=last.text + event.text)
             continue
         if last is not None:
@@ -270,20 +270,9 @@ def joined(events: Iterable[Event | None]) -> Iterator[Event]:
         yield last
 
 
-def with_leading_space(responses: Iterable[Any], tokenizer: Any) -> Iterator[Any]:
-    """Give a reply that continues a text the space that mlx-lm takes from it.
-
-    Args:
-        responses (Iterable[Response]): Of mlx-lm's server, one for each token.
-        tokenizer: Knows how the first of them is spelled.
-    """
-    responses = iter(responses)
-    for response in itertools.islice(responses, 1):
-        token = tokenizer.convert_ids_to_tokens(response.token)
-        if token.startswith(SPACES) and not response.text.startswith(" "):
-            response = dataclasses.replace(response, text=f" {response.text}")
-        yield response
-    yield from responses
+def _token(response: Response) -> Token:
+    top = response.top_tokens
+    return Token(response.token, response.logprob, top, response.text)
 
 
 def _malformed(name: str) -> APIError:

@@ -39,10 +39,11 @@ class Source:
         return self._text[self._position :]
 
     def feed(self, text: str) -> None:
-        start = self._position if self._mark is None else self._mark
+        marks = [] if self._mark is None else [self._mark]
+        start = min(self._position, *marks, len(self._text))
         self._text = self._text[start:] + text
         self._position -= start
-        self._mark = None if self._mark is None else 0
+        self._mark = None if self._mark is None else self._mark - start
 
     def close(self) -> None:
         self.is_over = True
@@ -150,10 +151,15 @@ def first_of(text: str, sequences: Iterable[str]) -> tuple[int, str] | None:
     return min(found)[1:] if found else None
 
 
-def num_undecided(text: str, sequences: Sequence[str]) -> int:
+def num_undecided(text: str, sequences: Iterable[str]) -> int:
     """The length of the longest end of a text that starts one of some sequences."""
-    longest = max(map(len, sequences), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(sequence.startswith(text[-length:]) for sequence in sequences):
-            return length
+    return max((_num_begun(text, sequence) for sequence in sequences), default=0)
+
+
+def _num_begun(text: str, sequence: str) -> int:
+    start = max(len(text) - len(sequence) + 1, 0)
+    while (start := text.find(sequence[0], start)) >= 0:
+        if sequence.startswith(text[start:]):
+            return len(text) - start
+        start += 1
     return 0

@@ -21,8 +21,9 @@ def read_whole(calls: CallReader, parser: Parser | None) -> Steps[None]:
     ending = yield from calls.source.pass_on(text.feed, endings)
     if ending in calls.limits:
         raise NotACallError("a thought ended")
-    if calls.end and not ending and not text.names_tool():
-        raise NotACallError("no tool is named")
+    if calls.end and not ending:
+        # Some parsers would take a call that is cut off for one.
+        raise EndOfText if text.names_tool() else NotACallError("no tool is named")
     try:
         found = parser and parser(text.text, calls.tools.given)
     # Parsers index and match whatever a model wrote: anything can come out of them.

@@ -11,7 +11,7 @@ from .._events import CallPiece
 from ._calls import CallReader, NotACallError
 from ._json_calls import pass_value
 from ._schema import Declared
-from ._source import Make, Source, Steps
+from ._source import EndOfText, Make, Source, Steps
 
 CALL, END_OF_CALL = "<function=", "</function>"
 PARAMETER, END_OF_PARAMETER = "<parameter=", "</parameter>"
@@ -23,55 +23,73 @@ def read_xml(calls: CallReader) -> Steps[None]:
     source = calls.source
     if not (yield from source.next_is(CALL)):
         raise NotACallError(f"expected {CALL}")
-    yield calls.begin((yield from _name(source)))
+    name = yield from _name(source)
     yield from source.skip_space()
-    if (yield from source.peek()) == "{":
+    yield from source.next_is(">")
+    first = yield from _next(source, PARAMETER, END_OF_CALL, "{")
+    yield calls.begin(name)
+    if first == "{":
+        source.back(len(first))
         yield from pass_value(source, calls.piece)
-        yield from _skip_to(calls, END_OF_CALL)
+        yield from _next(source, END_OF_CALL)
     else:
-        yield from _parameters(calls)
+        yield from _parameters(calls, first)
     yield calls.finish()
 
 
-def _parameters(calls: CallReader) -> Steps[None]:
-    declared, separator = calls.declared(), "{"
-    while (yield from _skip_to(calls, PARAMETER, END_OF_CALL)) == PARAMETER:
-        key = yield from _name(calls.source)
-        yield calls.piece(f"{separator}{to_json(key)}: ")
-        yield from calls.source.next_is("\n")
-        yield from _value(calls, declared.member(key))
+def _parameters(calls: CallReader, marker: str) -> Steps[None]:
+    """All parameters, behind the marker of the first or of the end."""
+    source, declared, separator = calls.source, calls.declared(), "{"
+    while marker == PARAMETER:
+        key = yield from _name(source)
+        yield from source.next_is(">")
+        yield from source.next_is("\n")
+        member = f"{separator}{to_json(key)}: "
+        yield from _value(calls, member, declared.member(key))
+        marker = yield from _next(source, *_after_value(calls))
         separator = ", "
+    if marker == calls.end:
+        source.back(len(marker))
     yield calls.piece("}" if separator == ", " else "{}")
 
 
-def _skip_to(calls: CallReader, *wanted: str) -> Steps[str]:
-    """Take the next of some markers; the end of all calls is left where it is."""
-    endings = (*wanted, calls.end) if calls.end else wanted
-    found = yield from calls.source.through(lambda text: None, endings)
-    if found == calls.end:
-        calls.source.back(len(found))
-    return found
+def _after_value(calls: CallReader) -> list[str]:
+    """What can only come after a value; some models forget the end of the call."""
+    return [PARAMETER, END_OF_CALL, *filter(None, [calls.end])]
+
+
+def _next(source: Source, *markers: str) -> Steps[str]:
+    """Take the one of some markers that comes next.
+
+    Raises:
+        NotACallError: If none does.
+        EndOfText: If that is because the text is over.
+    """
+    yield from source.skip_space()
+    if found := (yield from source.next_is(*markers)):
+        return found
+    raise EndOfText if source.is_over else NotACallError(f"expected one of {markers}")
 
 
 def _name(source: Source) -> Steps[str]:
     pieces: list[str] = []
     yield from source.skip_space()
     yield from source.before(pieces.append, NAME_ENDS)
-    yield from source.next_is(">")
     if not pieces:
         raise NotACallError("expected a name")
     return "".join(pieces)
 
 
-def _value(calls: CallReader, declared: Declared) -> Steps[None]:
+def _value(calls: CallReader, member: str, declared: Declared) -> Steps[None]:
+    """A value, behind its key in one piece, so that what is cut off has values."""
     if declared.is_text:
-        string = _String(calls, declared)
+        string = _String(calls, member, declared)
         yield from _pass_value(calls, string.feed)
         yield string.close()
         return
     pieces: list[str] = []
     yield from _pass_value(calls, pieces.append)
-    yield calls.piece(to_json(declared.read("".join(pieces))))
+    yield calls.piece(member + to_json(declared.read("".join(pieces))))
 
 
 def _pass_value(calls: CallReader, make: Make) -> Steps[None]:
@@ -89,8 +107,7 @@ def _is_end(calls: CallReader) -> Steps[bool]:
     source = calls.source
     source.mark()
     yield from source.skip_space()
-    markers = [PARAMETER, END_OF_CALL, *filter(None, [calls.end])]
-    found = yield from source.next_is(*markers)
+    found = yield from source.next_is(*_after_value(calls))
     is_end = bool(found) or (source.is_over and not source.rest)
     source.reset()
     return is_end
@@ -99,8 +116,9 @@ def _is_end(calls: CallReader) -> Steps[bool]:
 class _String:
     """A string on its way into JSON, as long as it cannot be the word for no value."""
 
-    def __init__(self, calls: CallReader, declared: Declared):
+    def __init__(self, calls: CallReader, member: str, declared: Declared):
         self._calls = calls
+        self._member = member
         self._nulls = declared.nulls if declared.may_be_null else ()
         self._held: str | None = ""
 
@@ -115,11 +133,11 @@ class _String:
     def close(self) -> CallPiece:
         if self._held is None:
             return self._calls.piece('"')
-        if self._held.lower() in self._nulls:
-            return self._calls.piece("null")
-        return self._calls.piece(f"{to_json(self._held)}")
+        is_null = self._held.lower() in self._nulls
+        return self._calls.piece(
+            self._member + to_json(None if is_null else self._held)
+        )
 
     def _open(self) -> CallPiece:
-        assert self._held is not None
         text, self._held = self._held, None
-        return self._calls.piece(to_json(text)[:-1])
+        return self._calls.piece(self._member + to_json(text)[:-1])

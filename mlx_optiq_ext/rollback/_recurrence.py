@@ -7,7 +7,7 @@ which costs a fraction of a layer and is bit-identical to never having run the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,9 +17,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 
-from ..patches.models import recorder
-
 NUM_ROW_INPUTS = 5  # q, k, v, a, b of gated_delta_update have a row for each token
+
+Recorder = Callable[[Any, Any, Any], None]
+
+# Called with mlx-lm's recurrence and its arguments, while a pass may be rolled back.
+recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 _active: ContextVar[Tape | None] = ContextVar("active", default=None)
 
@@ -69,12 +72,21 @@ class Tape:
         self._updates.append((update, args, kwargs))
 
 
-def can_tape(model: nn.Module) -> bool:
-    """Prepare the model for a tape; False if its recurrence is not one we know."""
-    mixers = [layer.linear_attn for layer in model.layers if "linear_attn" in layer]
-    for mixer in mixers:
-        if not isinstance(mixer, GatedDeltaNet):
-            return False
+def has_known_recurrence(model: nn.Module) -> bool:
+    """Whether a model is recurrent, and in a way that can be replayed from a tape."""
+    mixers = _mixers(model)
+    return bool(mixers) and all(isinstance(mixer, GatedDeltaNet) for mixer in mixers)
+
+
+def prepare_recurrence(model: nn.Module) -> None:
+    """Let the convolutions of a known recurrence show their input to a tape.
+
+    Nothing else about the model changes.
+    """
+    for mixer in _mixers(model):
         if type(mixer.conv1d) is nn.Conv1d:
             mixer.conv1d.__class__ = TapedConv1d
-    return bool(mixers)
+
+
+def _mixers(model: nn.Module) -> list[nn.Module]:
+    return [layer.linear_attn for layer in model.layers if "linear_attn" in layer]

@@ -20,7 +20,8 @@ class Guard:
     """A sampler or logits processor that reports what it raises, once.
 
     Args:
-        guarded (Callable): The sampler or processor.
+        guarded (Callable): The sampler or processor. The decode loop asks the guard for
+            it by this name, to know mlx-lm's own functions.
         fallback (Callable): Called in its place after it failed.
         report (Callable): Called with the exception.
     """
@@ -61,11 +62,6 @@ def guard_processors(
 ) -> list[LogitsProcessor]:
     """The logits processors, guarded."""
     return [Guard(processor, _unprocessed, report) for processor in processors]
-
-
-def unguarded(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The sampler or processor itself."""
-    return function.guarded if isinstance(function, Guard) else function
 
 
 def _unprocessed(tokens: mx.array, logits: mx.array) -> mx.array:

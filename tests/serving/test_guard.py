@@ -12,7 +12,7 @@ from mlx_optiq_ext.decoding._acceptance import (
     is_pure,
     rule_for,
 )
-from mlx_optiq_ext.decoding._guard import guard_processors, guard_sampler
+from mlx_optiq_ext.serving._guard import guard_processors, guard_sampler
 
 LOGITS = mx.array([[0.0, 2.0, 1.0]])
 TOKENS = mx.array([0])
