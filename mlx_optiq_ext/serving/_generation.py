@@ -219,9 +219,9 @@ def count_tokens(exchange: Exchange, request: Request) -> int:
     load_images(exchange, request, arguments)
     generator = exchange.generator
     try:
-        if _is_loaded(generator.model_provider, arguments) and not request.has_images:
+        tokenizer = _loaded_tokenizer(generator.model_provider, arguments)
+        if tokenizer is not None and not request.has_images:
             # No need to wait for the requests that are being served.
-            tokenizer = generator.model_provider.tokenizer
             return len(generator._tokenize(tokenizer, request, arguments)[0])
         sequence = Sequence(exchange, request, arguments)
         sequence.start()
@@ -287,10 +287,16 @@ def _check_model(arguments: Arguments, cli_args: Any) -> None:
         raise APIError(404, NO_MODEL, param="model", code="model_not_found")
 
 
-def _is_loaded(provider: Any, arguments: Arguments) -> bool:
-    return (
-        arguments.model.model == DEFAULT_MODEL
-        and provider.tokenizer is not None
-        and provider.model_key is not None
-        and provider.model_key[0] == provider.cli_args.model
-    )
+def _loaded_tokenizer(provider: Any, arguments: Arguments) -> Any:
+    """The tokenizer for a request, None if its model is not the one that is loaded.
+
+    The generation thread may be loading another model at the same time. It forgets the
+    key first and sets it again before the tokenizer, so a tokenizer that was read
+    between two looks at the same key belongs to it.
+    """
+    key = provider.model_key
+    tokenizer = provider.tokenizer
+    is_default = arguments.model.model == DEFAULT_MODEL
+    if not is_default or key is None or key[0] != provider.cli_args.model:
+        return None
+    return tokenizer if provider.model_key is key else None

@@ -102,7 +102,7 @@ def without_ids(reply: bytes) -> list[str]:
 
 
 PATTERN_OF_IDS = re.compile(
-    r'(msg|resp|rs|req|chatcmpl)[_-][0-9a-f-]+|"(created|completed)\w*": [\d.]+'
+    r'(msg|resp|rs|req|chatcmpl|cmpl)[_-][0-9a-f-]+|"(created|completed)\w*": [\d.]+'
     r'|"\w*cache\w*": \d+|"input_tokens": \d+'
 )
 
