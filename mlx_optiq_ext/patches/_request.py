@@ -19,8 +19,6 @@ class Request:
     Args:
         mtp, draft, num_draft_tokens, draft_vocab: As the arguments of ``generate``.
         stats (SpeculationStats, optional): Counts what happens.
-        arguments (GenerationArguments, optional): Those of the server's request whose
-            sequence is to be admitted next.
     """
 
     mtp: str | bool | None = None
@@ -28,7 +26,6 @@ class Request:
     num_draft_tokens: NumDraftTokens | None = None
     draft_vocab: int | str | None = None
     stats: Any = None
-    arguments: Any = None
 
     @property
     def is_speculative(self) -> bool:

@@ -44,32 +44,11 @@ def _server() -> tuple[Patch, ...]:
     """The seams of the HTTP server and of its generation thread."""
     module, wrappers = "mlx_lm.server", f"{_HERE}.server"
     seams: dict[str, tuple[str, tuple[str, ...]]] = {
-        "APIHandler.handle": ("handle", ()),
-        "APIHandler.parse_request": ("parse_request", ()),
-        "APIHandler.send_error": ("send_error", ("code", "message")),
-        "APIHandler.log_request": ("log_request", ("code",)),
-        "APIHandler._set_completion_headers": (
-            "set_completion_headers",
-            ("status_code",),
-        ),
-        "ResponseGenerator.generate": (
-            "generate",
-            ("request", "generation_args", "progress_callback"),
-        ),
-        "ResponseGenerator._await_response": ("await_response", ("response_queue",)),
-        "ResponseGenerator._next_request": ("next_request", ("timeout",)),
-        "ResponseGenerator._generate": ("generation_loop", ()),
-        "ResponseGenerator._tokenize": ("tokenize", ("tokenizer", "request", "args")),
-        "APIHandler.generate_response": ("with_counts", ()),
-        "APIHandler.completion_usage_response": ("with_counts", ()),
-        "ResponseGenerator.__init__": (
-            "response_generator",
-            ("model_provider", "prompt_cache"),
-        ),
+        "run": ("run", ("host", "port", "model_provider")),
+        "_make_logits_processors": ("logits_processors", ("args",)),
         "ModelProvider.load": ("load", ("model_path",)),
         "ModelProvider.load_default": ("load_default", ()),
         "scan_cache_dir": ("scan_cache_dir", ()),
-        "_run_http_server": ("run_http_server", ("host", "response_generator")),
         "main": ("main", ()),
     }
     return tuple(
@@ -88,7 +67,6 @@ def _batching() -> tuple[Patch, ...]:
             ("segments", "caches"),
         ),
         ("server", "ModelProvider._load"): ("load_served", ("draft_model_path",)),
-        ("server", "ResponseGenerator._serve_single"): ("serve_single", ("request",)),
     }
     return tuple(
         Patch(f"mlx_lm.{module}", attribute, f"{wrappers}:{wrapper}", parameters)

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 from .._record import record_of
-from ._request import Request, current
 
 
 def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -21,14 +20,13 @@ def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    request = current.get()
-    if request is None or request.arguments is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._recovery import guard_sequences
-
-    current.set(None)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    guard_sequences(call.arguments, request.arguments)
+    arguments = getattr(call.arguments["segments"][0], "arguments", None)
+    if arguments is None:
+        return wrapped(*args, **kwargs)
+    from ..serving import guard_sequences
+
+    guard_sequences(call.arguments, arguments)
     if (served := record_of(instance.model).served) is None:
         return wrapped(*call.args, **call.kwargs)
     caches = call.arguments.get("caches") or [None] * len(call.arguments["segments"])
@@ -37,7 +35,7 @@ def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     ]
     uids = wrapped(*call.args, **call.kwargs)
     alive = instance._find_uids({*served.uids, *uids})
-    served.admit(uids, request.arguments, alive)
+    served.admit(uids, arguments, alive)
     return uids
 
 
@@ -52,7 +50,7 @@ def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         check_draft_model(draft_model)
     wrapped(*args, **kwargs)
     if asks and instance.draft_model is None:
-        from ..serving._speculation import serve_speculatively
+        from ..serving import serve_speculatively
 
         try:
             serve_speculatively(instance)
@@ -61,25 +59,3 @@ def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             # without speculation.
             instance.reset()
             raise
-
-
-def serve_single(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (served := record_of(instance.model_provider.model).served) is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._speculation import options_of
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    *_, arguments = call.arguments["request"]
-    options = options_of(arguments)
-    if options.num_draft_tokens == 0:
-        return wrapped(*args, **kwargs)
-    request = Request(
-        draft=served.drafter,
-        num_draft_tokens=options.num_draft_tokens,
-        stats=options.stats,
-    )
-    token = current.set(request)
-    try:
-        return wrapped(*args, **kwargs)
-    finally:
-        current.reset(token)

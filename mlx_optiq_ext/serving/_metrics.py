@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..decoding import SpeculationStats
-from ._carried import carried_by
 from ._errors import APIError
 
 if TYPE_CHECKING:
@@ -40,13 +38,11 @@ class Measurement:
     last_token: float = 0.0
     num_tokens: int = 0
 
-    def count(self, responses: Iterator[Any]) -> Iterator[Any]:
-        """Pass on the tokens of a generation."""
-        for response in responses:
-            self.last_token = time.monotonic()
-            self.first_token = self.first_token or self.last_token
-            self.num_tokens += 1
-            yield response
+    def count(self) -> None:
+        """Count a token that was generated just now."""
+        self.last_token = time.monotonic()
+        self.first_token = self.first_token or self.last_token
+        self.num_tokens += 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -106,15 +102,16 @@ class Metrics:
         """Count a request that is over."""
         self._requests.labels(measured.route, str(measured.status)).inc()
 
-    def add_generation(
-        self, measured: Measurement, num_prompt_tokens: int, stats: SpeculationStats
-    ) -> None:
+    def add_generation(self, measured: Measurement, num_prompt_tokens: int) -> None:
         """Count what was generated for a request that is over."""
         self._prompt.inc(num_prompt_tokens)
         self._generation.inc(measured.num_tokens)
         self._latency.observe(time.monotonic() - measured.started)
         if measured.num_tokens:
             self._first.observe(measured.first_token - measured.started)
+
+    def add_speculation(self, stats: SpeculationStats) -> None:
+        """Count what speculation did for a sequence of a request that is over."""
         self._drafts.inc(stats.num_rounds)
         self._drafted.inc(stats.num_drafted)
         self._accepted.inc(stats.num_accepted)
@@ -134,24 +131,27 @@ def finish(exchange: Exchange, metrics: Metrics | None) -> None:
     measured = exchange.measured
     if metrics is not None:
         metrics.add(measured)
-    if exchange.context is None:
+    started = [each for each in exchange.sequences if each.num_prompt_tokens]
+    if not started:
         return
-    stats = carried_by(exchange.arguments).stats or SpeculationStats()
-    num_prompt_tokens = len(exchange.context.prompt)
+    num_prompt_tokens = started[0].num_prompt_tokens
+    found = [each.arguments.stats for each in started if each.arguments.stats]
     logging.info(
         "%s %s: %s prompt tokens (%s cached), %s generated, %.1f tokens/s, "
         "draft_n %s, accepted %s",
         measured.route,
         measured.status,
         num_prompt_tokens,
-        max(exchange.context.prompt_cache_count, 0),
+        started[0].num_cached_tokens,
         measured.num_tokens,
         measured.tokens_per_second,
-        stats.num_drafted,
-        stats.num_accepted,
+        sum(stats.num_drafted for stats in found),
+        sum(stats.num_accepted for stats in found),
     )
     if metrics is not None:
-        metrics.add_generation(measured, num_prompt_tokens, stats)
+        metrics.add_generation(measured, num_prompt_tokens)
+        for stats in found:
+            metrics.add_speculation(stats)
 
 
 def require(metrics: Metrics | None) -> Metrics:
