@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -94,10 +94,13 @@ def _json(act: Callable[[Lab, Any], Awaitable[Any]], lab: Lab) -> Answer:
     async def answer(request: Request) -> Response:
         if request.headers.get("content-type") != "application/json":
             return _problem(415, "expected application/json")
-        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
-            return _problem(413, f"expected at most {MAX_BODY_BYTES} bytes")
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                return _problem(413, f"expected at most {MAX_BODY_BYTES} bytes")
         try:
-            found = await act(lab, await request.json())
+            found = await act(lab, json.loads(body))
         except (Refused, PortInUse) as error:
             return _problem(409, str(error))
         except ValueError as error:
@@ -112,7 +115,7 @@ def _problem(status: int, message: str) -> Response:
 
 
 async def _command(lab: Lab, body: Any) -> Any:
-    return {"command": shlex.join(lab.read(body).command)}
+    return {"command": lab.read(body).shell_command}
 
 
 async def _check(lab: Lab, body: Any) -> Any:

@@ -38,6 +38,7 @@ OPTION = re.compile(
     r"^  (?:-\w+, )?(?P<name>--[a-z][\w-]*)(?: (?P<value>\{[^}]*\}|\[?[A-Z][\w|]*\]?))?"
     r"(?:  +(?P<text>.*))?$"
 )
+INDENT = " " * 8
 NAMES_A_FILE = re.compile(r"PATH|FILE|DIR|FOLDER|TEMPLATE|MODEL|ARGS|ORIGINS|HOST")
 NUMBER = re.compile(r"\d{1,15}(\.\d{1,9})?(|[KMGkmg][Bb]?)")
 
@@ -89,12 +90,23 @@ async def ask_for_flags() -> dict[str, Flag]:
 
 
 def read_flags(lines: Iterable[str]) -> list[Flag]:
-    """The flags in a help text whose lines are not wrapped that a page may set."""
+    """The flags in a help text that a page may set."""
     found = []
-    for line in lines:
+    for line in _unwrapped(lines):
         match = OPTION.match(line)
         if match and _is_offered(match["name"], match["value"], match["text"] or ""):
             found.append(_flag(match["name"], match["value"], match["text"] or ""))
+    return found
+
+
+def _unwrapped(lines: Iterable[str]) -> list[str]:
+    """The lines, with the text that is below a long flag beside it."""
+    found: list[str] = []
+    for line in lines:
+        if line.startswith(INDENT) and found:
+            found[-1] += f"  {line.strip()}"
+        else:
+            found.append(line)
     return found
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx2
 
+from .._options import MAX_DRAFT_TOKENS
 from ._checks import Checks
 from ._feed import Event, Feed
 from ._flags import Flag, ask_for_flags
 from ._jobs import Job
-from ._launch import Launch, read_launch
+from ._launch import Launch, number, read_launch
 from ._models import LocalModel, find_models
 from ._options import LabOptions
 from ._samples import Samples
@@ -22,7 +23,6 @@ from ._supervisor import Status, Supervisor
 
 HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 DEFAULT_PORT = 8080
-MAX_DEPTH = 8
 
 
 def is_folder(name: str) -> bool:
@@ -47,6 +47,22 @@ def named_model(options: LabOptions) -> str | None:
     if HUB_ID.fullmatch(name):
         return name
     raise ValueError(f"expected a folder or a Hub id (ORG/NAME), got {name!r}")
+
+
+def bench_command(launch: Launch, body: Any) -> list[str]:
+    """The command line that measures what a server was started with.
+
+    Raises:
+        ValueError: If the body is not one of ``start_bench``.
+    """
+    if not isinstance(body, dict):
+        raise ValueError(f"expected an object, got {body!r}")
+    depth = number("max_depth", body.get("max_depth", 4), 1, MAX_DRAFT_TOKENS)
+    command = ["mlx-optiq-ext", "bench", "--model", launch.model.source, *launch.draft]
+    command += ["--max-depth", str(depth), "--json"]
+    if (tokens := body.get("tokens")) is None:
+        return command
+    return [*command, "--tokens", str(number("tokens", tokens, 2, 100_000))]
 
 
 class Refused(Exception):
@@ -126,7 +142,9 @@ class Lab:
         Raises:
             ValueError: If they are not in the list.
         """
-        launch = self.read({"model": body.get("model"), "drafter": body.get("drafter")})
+        if not isinstance(body, dict):
+            raise ValueError(f"expected an object, got {body!r}")
+        launch = self.read({key: body.get(key) for key in ("model", "drafter")})
         return launch.model, launch.drafter
 
     async def start(self, launch: Launch) -> None:
@@ -146,7 +164,8 @@ class Lab:
         """Measure the model that is loaded, or was last.
 
         Args:
-            body (dict): ``max_depth``, and whether the server is stopped meanwhile.
+            body (dict): ``max_depth``, ``tokens`` of each answer at most, and whether
+              the server is stopped meanwhile.
 
         Raises:
             Refused: If there is none, it does not speculate, or one is measured.
@@ -157,11 +176,7 @@ class Lab:
             raise Refused("start a server with a drafter first: it is what is measured")
         if self.bench.is_running:
             raise Refused("a benchmark is running")
-        depth = body.get("max_depth", 4) if isinstance(body, dict) else None
-        if not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
-            raise ValueError(f"max_depth: expected 1 to {MAX_DEPTH}, got {depth!r}")
-        command = ["mlx-optiq-ext", "bench", "--model", launch.model.source]
-        command += [*launch.draft, "--max-depth", str(depth), "--json"]
+        command = bench_command(launch, body)
         drafter = "MTP head" if launch.drafter is None else launch.drafter.name
         about = {"model": launch.model.name, "drafter": drafter}
         is_up = self.supervisor.state.status in (Status.STARTING, Status.READY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,13 @@ class Launch:
         return command + (["--api-key", self.api_key] if self.api_key else [])
 
     @property
+    def shell_command(self) -> str:
+        """The command line as a shell takes it."""
+        models = [each for each in (self.model, self.drafter) if each is not None]
+        names = {each.source: each.shell_source for each in models}
+        return " ".join(names.get(part) or shlex.quote(part) for part in self.command)
+
+    @property
     def draft(self) -> list[str]:
         """What names another drafter to the server and to ``bench``."""
         return ["--draft", self.drafter.source] if self.drafter else []
@@ -99,12 +107,12 @@ def read_launch(
         model=model,
         uses_mtp=uses_mtp,
         drafter=drafter,
-        port=_number("port", settings.get("port", 8080), FIRST_FREE_PORT, 65535),
+        port=number("port", settings.get("port", 8080), FIRST_FREE_PORT, 65535),
         api_key=_api_key(settings.get("api_key")),
         arguments=(
             *_speculation(settings, uses_mtp, drafter),
             *_sampling(settings, uses_mtp or drafter is not None),
-            *_others(settings.get("flags") or {}, flags),
+            *_others(_object(settings, "flags"), flags),
         ),
         settings=settings,
     )
@@ -122,24 +130,24 @@ def _speculation(
     if not uses_mtp and drafter is None:
         return []
     found = []
-    number = settings.get("num_draft_tokens", "auto")
-    if number != "auto":
-        number = _number("num_draft_tokens", number, 1, MAX_DRAFT_TOKENS)
-        found += ["--num-draft-tokens", str(number)]
+    depth = settings.get("num_draft_tokens", "auto")
+    if depth != "auto":
+        depth = number("num_draft_tokens", depth, 1, MAX_DRAFT_TOKENS)
+        found += ["--num-draft-tokens", str(depth)]
     if (size := settings.get("draft_vocab")) is not None:
         if not uses_mtp and drafter is not None and drafter.kind != HEAD:
             raise ValueError("draft_vocab: only an MTP head takes a part of it")
-        found += ["--draft-vocab", str(_number("draft_vocab", size, 1, 10_000_000))]
+        found += ["--draft-vocab", str(number("draft_vocab", size, 1, 10_000_000))]
     return found
 
 
 def _sampling(settings: Mapping[str, Any], is_implied: bool) -> list[str]:
-    given = settings.get("sampling") or {}
+    given = _object(settings, "sampling")
     wants_recommended = settings.get("recommended", False) is True
     found = ["--recommended-sampling"] if wants_recommended and not is_implied else []
     for name, (flag, least, most) in SAMPLING_FLAGS.items():
         if (value := given.get(name)) is not None:
-            found += [flag, f"{_number(name, value, least, most):g}"]
+            found += [flag, f"{number(name, value, least, most):g}"]
     return found
 
 
@@ -151,7 +159,25 @@ def _others(given: Mapping[str, Any], flags: Mapping[str, Flag]) -> list[str]:
     ]
 
 
-def _number(name: str, value: Any, least: float, most: float) -> Any:
+def _object(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = settings.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected an object, got {value!r}")
+    return value
+
+
+def number(name: str, value: Any, least: float, most: float) -> Any:
+    """A number that a page sent.
+
+    Args:
+        name (str): Of what it is for.
+        value: What was sent.
+        least (float): The least that it may be; an ``int`` asks for a whole number.
+        most (float): The most that it may be.
+
+    Raises:
+        ValueError: If it is no such number.
+    """
     kinds = int if isinstance(least, int) else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not least <= value <= most:

@@ -8,6 +8,7 @@ list, so that no path of a request ever reaches the file system.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +17,17 @@ from typing import Any
 from huggingface_hub import constants
 
 PACKAGE = Path(__file__).parents[1]
-# By what a page calls them.
+# By what a page calls them: their folder, and what a shell may call it.
 DEMOS = {
-    "demo/qwen": PACKAGE / "demo_model",
-    "demo/gemma": PACKAGE / "demo_gemma",
-    "demo/gemma-assistant": PACKAGE / "demo_gemma" / "assistant",
+    "demo/qwen": (PACKAGE / "demo_model", '"$(mlx-optiq-ext demo --path)"'),
+    "demo/gemma": (
+        PACKAGE / "demo_gemma",
+        '"$(mlx-optiq-ext demo --family gemma --path)"',
+    ),
+    "demo/gemma-assistant": (
+        PACKAGE / "demo_gemma" / "assistant",
+        '"$(mlx-optiq-ext demo --family gemma --path)/assistant"',
+    ),
 }
 DEPTH = 2
 # The last two are for heads that are stored beside a model.
@@ -56,6 +63,11 @@ class LocalModel:
     sampling: dict[str, float] = field(default_factory=dict)
     is_greedy: bool = False
 
+    @property
+    def shell_source(self) -> str:
+        """The source, as a shell takes it."""
+        return DEMOS[self.name][1] if self.name in DEMOS else shlex.quote(self.source)
+
     def as_json(self) -> dict[str, Any]:
         """What a page is told."""
         return asdict(self) | {"folder": str(self.folder)}
@@ -70,7 +82,7 @@ def find_models(folders: Iterable[Path] = ()) -> dict[str, LocalModel]:
     places = [
         *((str(path), str(path), path) for path in _in_folders(folders)),
         *_in_cache(Path(constants.HF_HUB_CACHE)),
-        *((name, str(path), path) for name, path in DEMOS.items()),
+        *((name, str(path), path) for name, (path, _) in DEMOS.items()),
     ]
     found: dict[str, LocalModel] = {}
     for name, source, folder in places:

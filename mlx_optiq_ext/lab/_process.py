@@ -89,7 +89,7 @@ class Child:
                 self._process.send_signal(number)
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(self.wait(), GRACE_SECONDS)
-        return await self.wait()
+        return await self._process.wait()
 
 
 async def memory_of(pid: int) -> int | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shlex
 import socket
 import time
 from collections.abc import Sequence
@@ -111,7 +110,7 @@ class Supervisor:
             self.launch = launch
             self.state = State(
                 settings=launch.settings,
-                command=shlex.join(launch.command),
+                command=launch.shell_command,
                 url=launch.url,
                 expected_bytes=_expected_bytes(launch),
             )
@@ -148,6 +147,13 @@ class Supervisor:
 
     async def _run(self, launch: Launch) -> None:
         """Keep a server running until it cannot be."""
+        try:
+            await self._keep_running(launch)
+        except Exception as error:
+            self._fail(Status.FAILED, f"{type(error).__name__}: {error}")
+            raise
+
+    async def _keep_running(self, launch: Launch) -> None:
         num_failures = 0
         while True:
             began = time.monotonic()

@@ -13,13 +13,15 @@ export function make(section) {
   for (const name of ["job", "runs", "charts", "table"]) parts[name] = h("div");
   parts.depth = h("select", { id: "bench-depth" }, [1, 2, 3, 4, 5, 6, 7, 8].map((n) => h("option", { value: n }, n)));
   parts.depth.value = "4";
+  parts.tokens = h("input", { id: "bench-tokens", type: "number", min: 2, placeholder: "for half a minute" });
   parts.pauses = h("input", { type: "checkbox", id: "bench-pauses", checked: true });
   parts.run = button("Run", run, { class: "primary", id: "bench-run" });
   section.append(
     h("h1", {}, "Bench"),
     h("p", { class: "dim" }, "What the loaded model gains on this machine, by mlx-optiq-ext bench: five built-in prompts, plain and with each number of draft tokens."),
     h("div", { class: "card stack" },
-      h("div", { class: "row" }, h("label", { for: "bench-depth" }, "Draft tokens up to"), h("div", {}, parts.depth), parts.run),
+      h("div", { class: "row" }, h("label", { for: "bench-depth" }, "Draft tokens up to"), h("div", {}, parts.depth),
+        h("label", { for: "bench-tokens" }, "Tokens of each answer"), h("div", {}, parts.tokens), parts.run),
       h("label", { class: "tick" }, parts.pauses, h("span", {}, "Stop the server meanwhile", h("small", {}, "It is started again afterwards. Both at once would share the machine."))),
       parts.job),
     parts.runs, parts.charts, parts.table);
@@ -43,7 +45,7 @@ function write() {
 
 async function run() {
   try {
-    await ask("/api/bench", { max_depth: Number(parts.depth.value), pauses: parts.pauses.checked });
+    await ask("/api/bench", { max_depth: Number(parts.depth.value), tokens: Number(parts.tokens.value) || null, pauses: parts.pauses.checked });
   } catch (error) {
     replace(parts.job, h("p", { class: "problem", role: "alert" }, error.message));
   }

@@ -24,7 +24,7 @@ export function chart({ title, series, label, x = {}, y = {}, width = 360, heigh
       s("path", { class: "axis", d: `M${LEFT} ${up(value)}H${width - RIGHT}` }),
       s("text", { x: LEFT - 6, y: up(value) + 4, "text-anchor": "end" }, (y.format ?? short)(value)));
   for (const at of x.ticks ?? [low.x, high.x])
-    root.append(s("text", { x: across(at), y: height - 6, "text-anchor": at === high.x ? "end" : at === low.x && !dots ? "start" : "middle" }, (x.format ?? short)(at)));
+    root.append(s("text", { x: across(at), y: height - 6, "text-anchor": dots ? "middle" : at === high.x ? "end" : "start" }, (x.format ?? short)(at)));
   for (const { points, color } of series) {
     root.append(s("path", { class: `series c${color}`, d: line(points, across, up) }));
     if (dots) for (const [at, value] of points) if (value !== null) root.append(s("circle", { class: `point c${color}`, cx: across(at), cy: up(value), r: 3.5 }));

@@ -27,7 +27,7 @@ export function make(section) {
   parts.tint = h("input", { type: "checkbox", id: "tint", checked: localStorage.getItem("lab.tint") !== "off", onchange: tint });
   parts.input = h("textarea", { id: "prompt", rows: 2, placeholder: "Ask something", "aria-label": "Message", onkeydown: key });
   parts.send = button("Send", () => (running ? stop() : send()), { class: "primary", id: "send" });
-  parts.race = button("Race", race, { id: "race", title: "The same request without and with speculation, one after the other" });
+  parts.race = button("Race", race, { id: "race", title: "The same request without and with speculation, one after the other, greedy unless Settings say otherwise" });
   parts.hint = h("small", { class: "grow dim" });
   section.append(h("div", { class: "talk" }, parts.list, h("div", { class: "thread" },
     h("div", {}, h("div", { class: "bar" }, parts.title, parts.key,
@@ -302,11 +302,8 @@ function drawLast() {
 // ---- the race
 
 function whyDifferent() {
-  const { settings } = state.server;
-  const model = state.models.find((each) => each.name === settings.model);
-  const temperature = now.sampling.temperature ?? settings.sampling?.temperature ?? model?.sampling.temperature ?? 0;
-  if (temperature > 0 && settings.num_draft_tokens !== "auto")
-    return "They were sampled with a fixed number of draft tokens, which keeps the distribution and not the draw. With auto, or temperature 0, they are the same.";
+  if (now.sampling.temperature)
+    return "They were sampled: both come from the same distribution, but not from the same random numbers. At temperature 0 they can be compared.";
   return "Where kernels for one row and for several round differently, nearly equal tokens may be swapped: mlx-optiq-ext status says whether they do here.";
 }
 
@@ -322,7 +319,8 @@ async function race() {
   const lanes = { plain: { state: "waiting" }, speculative: { state: "waiting" } };
   const message = { role: "assistant", content: "", state: "streaming", race: lanes };
   await answer(message, async (body, changed, signal) => {
-    const shared = { ...body, seed: body.seed ?? 1, max_tokens: now.sampling.max_tokens ?? RACE_TOKENS };
+    // Greedy unless the conversation says otherwise, so that the texts can be compared.
+    const shared = { ...body, temperature: body.temperature ?? 0, max_tokens: now.sampling.max_tokens ?? RACE_TOKENS };
     // What is computed once only, of the prompt and by the machine, is not measured.
     await stream({ ...shared, max_tokens: 4 }, {}, () => {}, signal);
     await stream({ ...shared, num_draft_tokens: 0 }, lanes.plain, changed, signal);
