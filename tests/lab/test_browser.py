@@ -282,7 +282,7 @@ Some **bold**, `code <b>` and [a link](javascript:window.hurt=1), https://exampl
 
 | a | b |
 |---|---|
-| 1 | `|` |
+| 1 | 2 |
 
 ```html
 <iframe src="https://example.org"></iframe>

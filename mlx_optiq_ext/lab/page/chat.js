@@ -40,8 +40,11 @@ export function make(section) {
   on("state", drawBar);
   on("models", drawPanel);
   kept.onChange((id) => {
-    if (id === now.id && running?.conversation.id !== id) now = kept.load(id) ?? kept.create();
-    draw();
+    drawList();
+    if (id !== now.id || running?.conversation.id === id) return;
+    now = kept.load(id) ?? kept.create();
+    drawBar();
+    drawMessages();
   });
   tint();
   draw();
@@ -109,10 +112,10 @@ function body(message) {
     render(message.reasoning, painter(message.thoughts)));
   const text = render(message.content ?? "", painter(message.sources));
   if (isRunning) text.classList.add("caret");
-  const isCut = message.state === "streaming" && !isRunning;
+  const isCut = message.state === "cut" || (message.state === "streaming" && !isRunning);
   return h("div", {}, thoughts, text, (message.tool_calls ?? []).filter(Boolean).map((call) => drawCall(call, message, isRunning)),
     message.error && h("p", { class: "problem" }, message.error),
-    isCut && h("p", { class: "dim" }, "This reply was cut off when its page was closed or reloaded."),
+    isCut && h("p", { class: "dim" }, "This reply was cut off: its page was left, or the Lab ended."),
     message.state === "stopped" && h("small", {}, "Stopped."),
     message.finish === "length" && h("small", {}, "The limit of tokens was reached."));
 }

@@ -1,4 +1,4 @@
-import { ago, bytes, button, clock, copyButton, h, replace } from "./dom.js";
+import { ago, bytes, button, clock, copyButton, fill, h, replace } from "./dom.js";
 import { ask, check, on, state } from "./store.js";
 
 const SAMPLING = { temperature: "Temperature", top_p: "Top-p", top_k: "Top-k", min_p: "Min-p" };
@@ -35,10 +35,19 @@ export function make(section) {
   makeGet();
   on("state", () => { adopt(); drawNow(); drawGo(); });
   on("models", () => { adopt(); drawModels(); drawDrafters(); drawAll(); });
-  on("check", () => { if (isOpen()) { decide(); fillControls(); drawAll(); } drawModels(); drawVerdict(); });
+  on("check", () => { if (isOpen()) { decide(); fillControls(); drawAll(); } drawTags(); drawVerdict(); });
   on("flags", makeFlags);
   on("download", drawDownload);
-  setInterval(() => { if (!section.hidden) drawNow(); }, 1000);
+  setInterval(() => { for (const tick of parts.ticks ?? []) tick(); }, 1000);
+}
+
+// Text that changes with time; the elements around it stay, so that they can be used.
+function ticking(textOf) {
+  const node = document.createTextNode("");
+  const tick = () => { node.data = textOf(Date.now() / 1000); };
+  tick();
+  parts.ticks.push(tick);
+  return node;
 }
 
 // The form shows what runs until the user changes something.
@@ -96,17 +105,21 @@ function drawNow() {
     stopped: "No server is running", starting: `Loading ${name}`, ready: name,
     stopping: `Stopping ${name}`, waiting: `${name} ended and is started again`, failed: `${name} does not run`,
   }[server.status];
-  const key = JSON.stringify([server, server.status === "ready" && Math.floor(Date.now() / 1000)]);
-  if (drawNow.key === key && !["starting", "waiting"].includes(server.status)) return;
-  drawNow.key = key;
+  parts.ticks = [];
+  if (server.status === "starting" && drawNow.pid === server.pid && server.pid) {
+    parts.progress.replaceChildren(...loading(server));
+    return;
+  }
+  drawNow.pid = server.status === "starting" ? server.pid : null;
+  parts.progress = h("div");
   const canStop = RUNS.includes(server.status) && server.status !== "stopping";
   replace(parts.now, h("div", { class: "card now", "data-status": server.status, id: "now" },
     h("div", { class: "row spread" },
       h("h2", {}, h("i", { class: "dot" }), title),
       canStop && button("Stop", stop, { id: "stop" })),
     server.status === "stopped" && h("p", { class: "dim" }, "Choose a model below and start it."),
-    server.status === "starting" && loading(server),
-    server.status === "waiting" && h("p", {}, `Attempt ${server.num_restarts + 1} in ${ago(server.retry_at - Date.now() / 1000)}.`),
+    server.status === "starting" && fill(parts.progress, loading(server)),
+    server.status === "waiting" && h("p", {}, ticking((now) => `Attempt ${server.num_restarts + 1} in ${ago(server.retry_at - now)}.`)),
     server.problem && h("p", { class: "problem" }, server.problem),
     server.last_lines.length > 0 && h("pre", { "aria-label": "Last lines of the log" }, server.last_lines.join("\n")),
     server.status === "ready" && facts(server)));
@@ -116,8 +129,8 @@ function loading(server) {
   const share = server.memory_bytes && server.expected_bytes ? Math.min(server.memory_bytes / server.expected_bytes, 1) : undefined;
   const isBig = server.expected_bytes > 5e8; // the interpreter itself needs some
   const memory = server.memory_bytes ? ` · ${bytes(server.memory_bytes)} of memory, weights of ${bytes(server.expected_bytes)}` : "";
-  return h("div", {}, h("progress", isBig && share ? { value: share, max: 1, "aria-label": "Loading" } : { "aria-label": "Loading" }),
-    h("small", {}, `${ago(Date.now() / 1000 - server.since)}${memory}`));
+  return [h("progress", { "aria-label": "Loading", ...(isBig && share && { value: share, max: 1 }) }),
+    h("small", {}, ticking((now) => `${ago(now - server.since)}${memory}`))];
 }
 
 function facts(server) {
@@ -127,7 +140,7 @@ function facts(server) {
   const rows = {
     Drafter: drafter,
     "Draft tokens": drafter === "none" ? "0" : number,
-    Since: `${clock(server.since)} (${ago(Date.now() / 1000 - server.since)})`,
+    Since: ticking((now) => `${clock(server.since)} (${ago(now - server.since)})`),
     Address: h("span", { class: "row" }, h("code", {}, `${server.url}/v1`), copyButton(() => `${server.url}/v1`)),
   };
   return h("dl", { class: "facts" }, Object.entries(rows).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
@@ -144,18 +157,23 @@ function drawModels() {
   const wanted = parts.filter.value.toLowerCase();
   const models = state.models.filter((model) => model.kind === "model");
   parts.filter.hidden = models.length < 8;
-  const focus = document.activeElement?.closest(".model")?.dataset.name;
+  parts.tags = new Map();
   replace(parts.models, h("div", { class: "models", role: "radiogroup", "aria-label": "Model" },
     models.filter((model) => model.name.toLowerCase().includes(wanted)).map(modelRow)));
-  if (focus) parts.models.querySelector(`[data-name="${CSS.escape(focus)}"] input`)?.focus();
+  drawTags();
+}
+
+function drawTags() {
+  for (const [model, element] of parts.tags ?? []) replace(element, headTag(model, check(model.name)));
 }
 
 function modelRow(model) {
-  const found = check(model.name);
+  const tag = h("span");
+  parts.tags.set(model, tag);
   const bits = model.bits ? ` · ${model.bits} bits` : "";
   return h("label", { class: "model", "data-name": model.name },
     h("input", { type: "radio", name: "model", checked: form.model === model.name, onchange: () => { choose(model.name); change({}); } }),
-    h("span", {}, h("span", {}, model.name, " ", headTag(model, found)),
+    h("span", {}, h("span", {}, model.name, " ", tag),
       h("small", {}, `${model.model_type} · ${bytes(model.num_bytes)}${bits}`)));
 }
 

@@ -55,8 +55,10 @@ export async function stream(request, reply, changed, signal) {
     }
     reply.state = "done";
   } catch (error) {
-    reply.state = signal.aborted ? "stopped" : "error";
-    if (!signal.aborted) reply.error = error.message;
+    // What the network raises is no error of the server: the page or the Lab is left.
+    const isCut = error instanceof TypeError && reply.content + reply.reasoning !== "";
+    reply.state = signal.aborted ? "stopped" : isCut ? "cut" : "error";
+    if (reply.state === "error") reply.error = error.message;
   }
   reply.stats = stats(reply, times, began);
   changed();
