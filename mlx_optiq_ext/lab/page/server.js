@@ -223,7 +223,7 @@ function makeControls() {
   parts.mtp = h("input", { type: "checkbox", id: "mtp", onchange: (event) => { isDecided = true; change({ mtp: event.target.checked, drafter: event.target.checked ? null : form.drafter }); } });
   parts.pick = h("select", { id: "drafter", onchange: (event) => { isDecided = true; change(event.target.value ? { drafter: event.target.value, mtp: false } : { drafter: null }); } });
   parts.number = h("select", { id: "number", onchange: (event) => change({ num_draft_tokens: event.target.value === "auto" ? "auto" : Number(event.target.value) }) },
-    h("option", { value: "auto" }, "auto: what is fastest"), [1, 2, 3, 4, 5, 6, 7, 8].map((n) => h("option", { value: n }, n)));
+    h("option", { value: "auto" }, "auto"), [1, 2, 3, 4, 5, 6, 7, 8].map((n) => h("option", { value: n }, n)));
   parts.vocab = h("input", { type: "number", min: 1, id: "vocab", placeholder: "all tokens", onchange: number("draft_vocab") });
   replace(parts.drafter, h("div", { class: "stack" },
     h("label", { class: "tick" }, parts.mtp, h("span", {}, "MTP head", h("small", {}, "The model drafts with a head in its own weights."))),
