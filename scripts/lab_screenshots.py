@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 START = "from mlx_optiq_ext.cli import main; main()"
-SIZE = {"width": 1120, "height": 720}
+SIZE: ViewportSize = {"width": 1120, "height": 720}
 SECONDS = 120.0
 QUESTION = "Write a function that reads a file and returns its lines"
 RACE = "Write a class for a queue"

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import httpx2
@@ -136,6 +137,14 @@ def test_the_page_makes_no_html_of_text():
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|DOMParser",
             file.read_text(),
         ), file.name
+
+
+def test_every_file_of_the_page_is_installed():
+    root = Path(mlx_optiq_ext.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    globs = settings["tool"]["setuptools"]["package-data"]["*"]
+    for file in PAGE.iterdir():
+        assert any(file.match(glob) for glob in globs), file.name
 
 
 def test_the_page_is_small():
