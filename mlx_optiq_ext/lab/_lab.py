@@ -96,6 +96,11 @@ class Lab:
         for work in (self.samples.follow(), self._begin()):
             self._tasks.append(asyncio.create_task(work))
 
+    def leave(self) -> None:
+        """End what is streamed to pages, so that these can be let go."""
+        self.feed.close()
+        self._tasks.append(asyncio.create_task(self.supervisor.stop()))
+
     async def close(self) -> None:
         """Stop everything that runs."""
         self.feed.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import secrets
 import socket
 import webbrowser
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -15,7 +17,7 @@ from ._guard import Guard
 from ._lab import Lab
 from ._options import LabOptions
 
-SECONDS_TO_LEAVE = 1  # for pages that listen when the Lab is closed
+SECONDS_TO_LEAVE = 10  # for replies that are streamed when the Lab is closed
 
 
 def serve(options: LabOptions, announce: Callable[[str], None]) -> None:
@@ -23,7 +25,8 @@ def serve(options: LabOptions, announce: Callable[[str], None]) -> None:
     listener = _listen(options.host, options.port)
     port: int = listener.getsockname()[1]
     token = secrets.token_urlsafe(24)
-    app = Guard(make_app(Lab(options)), token, options.host, port)
+    lab = Lab(options)
+    app = Guard(make_app(lab), token, options.host, port)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{port}/?token={token}"
     announce(url)
@@ -32,7 +35,20 @@ def serve(options: LabOptions, announce: Callable[[str], None]) -> None:
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_LEAVE
     )
-    uvicorn.Server(config).run([listener])
+    with contextlib.suppress(KeyboardInterrupt):  # It is how a Lab is closed.
+        _Server(config, lab).run([listener])
+
+
+class _Server(uvicorn.Server):
+    """Lets pages that listen go when it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, lab: Lab):
+        super().__init__(config)
+        self._lab = lab
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._lab.leave()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -149,7 +149,8 @@ def headless(models: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: as long as it runs, an event loop does.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium: apt-get install chromium")

@@ -79,8 +79,8 @@ def test_what_doctor_refuses_is_not_started(lab, headless):
     assert lab.wait_for("state")["status"] == "ready"
 
 
-def test_a_reply_is_streamed_with_counts(lab):
-    lab.start(api_key="secret", num_draft_tokens=2)
+def test_a_reply_is_streamed_with_counts(lab, endless):
+    lab.start(model=str(endless), api_key="secret", num_draft_tokens=2)
     chunks = chat(lab, max_tokens=24)
     assert sum(len(chunk["choices"]) for chunk in chunks) > 2
     (usage,) = [chunk["usage"] for chunk in chunks if "usage" in chunk]
@@ -95,15 +95,16 @@ def test_a_reply_is_streamed_with_counts(lab):
 def test_a_reply_that_nobody_reads_any_more_is_ended(lab, endless):
     lab.start(model=str(endless))
     with lab.client.stream("POST", "/api/chat", json=ENDLESS) as reply:
-        next(reply.iter_raw())
+        parts = reply.iter_raw()  # The reply is closed with it.
+        next(parts)
         sample = lab.wait_for("sample", lambda s: s["running"] == 1)
     # What is being generated is counted as it is.
     assert lab.wait_for("sample", lambda s: s["running"] == 0)["prompt"] > 0
     assert sample["prompt"] > 0
 
 
-def test_samples_follow_the_server(lab):
-    lab.start()
+def test_samples_follow_the_server(lab, endless):
+    lab.start(model=str(endless))
     chat(lab, max_tokens=40)
     sample = lab.wait_for("sample", lambda s: s["generated"] >= 41)
     assert sample["memory"] > 1 << 20
@@ -164,7 +165,8 @@ def test_the_server_ends_with_a_lab_that_is_interrupted(start_lab: StartLab):
     lab = start_lab()
     pid = lab.start()["pid"]
     with lab.client.stream("GET", "/api/events") as reply:  # a page that listens
-        next(reply.iter_raw())
+        parts = reply.iter_raw()
+        next(parts)
         lab.process.send_signal(signal.SIGINT)
         lab.process.wait(TIMEOUT)
     assert not is_alive(pid)
