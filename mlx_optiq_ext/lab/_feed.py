@@ -20,6 +20,7 @@ class Feed:
 
     def __init__(self) -> None:
         self._queues: set[asyncio.Queue[Event | None]] = set()
+        self._is_closed = False
 
     def publish(self, name: str, data: Any) -> None:
         """Tell all pages something.
@@ -36,7 +37,8 @@ class Feed:
                 queue.put_nowait((name, data))
 
     def close(self) -> None:
-        """End the streams of all pages."""
+        """End the streams of all pages, and of those to come."""
+        self._is_closed = True
         for queue in self._queues:
             queue.put_nowait(None)
         self._queues.clear()
@@ -48,7 +50,7 @@ class Feed:
         try:
             for event in list(snapshot):
                 yield encode(*event)
-            while True:
+            while not self._is_closed:
                 try:
                     item = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
                 except TimeoutError:

@@ -14,7 +14,7 @@ from .._options import MAX_DRAFT_TOKENS
 from ._checks import Checks
 from ._feed import Event, Feed
 from ._flags import Flag, ask_for_flags
-from ._jobs import Job
+from ._jobs import Job, WhenDone
 from ._launch import Launch, number, read_launch
 from ._models import LocalModel, find_models
 from ._options import LabOptions
@@ -80,6 +80,7 @@ class Lab:
         self._options = options
         self._named = named_model(options)
         self._tasks: list[asyncio.Task[Any]] = []
+        self._is_closing = False
         self.feed = Feed()
         self.models: dict[str, LocalModel] = {}
         self.flags: dict[str, Flag] = {}
@@ -98,11 +99,13 @@ class Lab:
 
     def leave(self) -> None:
         """End what is streamed to pages, so that these can be let go."""
+        self._is_closing = True
         self.feed.close()
         self._tasks.append(asyncio.create_task(self.supervisor.stop()))
 
     async def close(self) -> None:
         """Stop everything that runs."""
+        self._is_closing = True
         self.feed.close()
         for task in self._tasks:
             task.cancel()
@@ -190,7 +193,7 @@ class Lab:
             await self.supervisor.stop()
 
         async def resume() -> None:
-            if pauses:
+            if pauses and not self._is_closing:
                 await self.supervisor.try_to_start(launch)
 
         self.bench.start(command, about, resume)
@@ -207,12 +210,7 @@ class Lab:
             raise ValueError(f"expected the id of a model, ORG/NAME, got {repo_id!r}")
         if self.downloads.is_running:
             raise Refused("a download is running")
-        self.downloads.start(
-            ["hf", "download", repo_id],
-            {"repo_id": repo_id},
-            self._look_again,
-            is_offline=False,
-        )
+        self._get(repo_id, self._look_again)
 
     async def _look_again(self) -> None:
         self.look_for_models()
@@ -223,21 +221,24 @@ class Lab:
         if self._named is None:
             return
         if self._named in self.models:
-            await self._serve_named()
+            await self._serve(self._named)
         else:
-            command = ["hf", "download", self._named]
-            about = {"repo_id": self._named}
-            self.downloads.start(command, about, self._look_and_serve, is_offline=False)
+            self._get(self._named, self._look_and_serve)
 
     async def _look_and_serve(self) -> None:
         self.look_for_models()
         if self._named in self.models:
-            await self._serve_named()
+            await self._serve(self._named)
 
-    async def _serve_named(self) -> None:
-        report = await self.checks.ask(self.models[self._named or ""], None)
-        settings = {"model": self._named, "mtp": report["works"], "port": DEFAULT_PORT}
+    async def _serve(self, name: str) -> None:
+        report = await self.checks.ask(self.models[name], None)
+        settings = {"model": name, "mtp": report["works"], "port": DEFAULT_PORT}
         await self.supervisor.try_to_start(self.read(settings))
+
+    def _get(self, repo_id: str, when_done: WhenDone) -> None:
+        command = ["hf", "download", repo_id]
+        about = {"repo_id": repo_id}
+        self.downloads.start(command, about, when_done, is_offline=False)
 
     def _models_as_json(self) -> list[dict[str, Any]]:
         return [model.as_json() for model in self.models.values()]

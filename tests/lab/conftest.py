@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import mlx.core as mx
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from mlx_optiq_ext.lab._supervisor import free_port
 from tests.helpers import DEMO
 
 TIMEOUT = 60.0  # A test that waits longer than this has found a bug.
@@ -160,12 +160,6 @@ def browser() -> Iterator[Browser]:
         )
         yield browser
         browser.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def eventually(is_so: Callable[[], bool]) -> bool:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from .conftest import TIMEOUT, LabProcess, free_port
+from mlx_optiq_ext.lab._supervisor import free_port
+
+from .conftest import TIMEOUT, LabProcess
 
 expect.set_options(timeout=TIMEOUT * 1000)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import httpx2
 
+from mlx_optiq_ext.lab._supervisor import free_port
 from tests.helpers import DEMO
 
-from .conftest import TIMEOUT, StartLab, eventually, free_port, is_alive
+from .conftest import TIMEOUT, StartLab, eventually, is_alive
 
 
 def is_free(port: int) -> bool:

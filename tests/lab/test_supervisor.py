@@ -15,9 +15,9 @@ import pytest
 from mlx_optiq_ext.lab._feed import Feed
 from mlx_optiq_ext.lab._launch import Launch, read_launch
 from mlx_optiq_ext.lab._models import find_models
-from mlx_optiq_ext.lab._supervisor import PortInUse, Status, Supervisor
+from mlx_optiq_ext.lab._supervisor import PortInUse, Status, Supervisor, free_port
 
-from .conftest import TIMEOUT, free_port, is_alive
+from .conftest import TIMEOUT, is_alive
 
 MODELS = find_models()
 

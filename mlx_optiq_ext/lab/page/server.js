@@ -1,4 +1,4 @@
-import { ago, bytes, button, clock, copyButton, fill, h, replace } from "./dom.js";
+import { ago, bytes, button, clock, copyButton, fill, h, replace, toast } from "./dom.js";
 import { ask, check, on, state } from "./store.js";
 
 const SAMPLING = { temperature: "Temperature", top_p: "Top-p", top_k: "Top-k", min_p: "Min-p" };
@@ -83,6 +83,7 @@ function decide() {
 
 function change(changes) {
   isChanged = true;
+  parts.problem = null;
   form = { ...form, ...changes };
   fillControls();
   drawAll();
@@ -147,7 +148,7 @@ function facts(server) {
 }
 
 async function stop() {
-  await ask("/api/stop").catch((error) => { parts.problem = error.message; });
+  await ask("/api/stop").catch((error) => toast(error.message));
 }
 
 // ---- models
@@ -249,11 +250,11 @@ function makeControls() {
 function makeFlags() {
   parts.flagInputs = {};
   const one = (flag) => {
-    const change_ = (value) => change({ flags: { ...form.flags, [flag.name]: value } });
+    const give = (value) => change({ flags: { ...form.flags, [flag.name]: value } });
     const id = `flag${flag.name}`;
-    const input = flag.value === null ? h("input", { type: "checkbox", id, onchange: (event) => change_(event.target.checked) })
-      : flag.choices.length ? h("select", { id, onchange: (event) => change_(event.target.value) }, h("option", { value: "" }, "default"), flag.choices.map((each) => h("option", {}, each)))
-        : h("input", { id, placeholder: "default", onchange: (event) => change_(event.target.value.trim()) });
+    const input = flag.value === null ? h("input", { type: "checkbox", id, onchange: (event) => give(event.target.checked) })
+      : flag.choices.length ? h("select", { id, onchange: (event) => give(event.target.value) }, h("option", { value: "" }, "default"), flag.choices.map((each) => h("option", {}, each)))
+        : h("input", { id, placeholder: "default", onchange: (event) => give(event.target.value.trim()) });
     parts.flagInputs[flag.name] = input;
     if (flag.value === null) return h("label", { class: "tick" }, input, h("span", {}, h("code", {}, flag.name), h("small", {}, flag.text)));
     return h("div", { class: "field" }, h("label", { for: id }, h("code", {}, flag.name)), input, h("small", {}, flag.text));
@@ -363,7 +364,8 @@ async function drawCommand() {
   if (number === drawCommand.number) replace(parts.command, content);
 }
 
-function drawGo(problem = null) {
+function drawGo() {
+  const { problem } = parts;
   const server = state.server;
   if (!server) return;
   const isUp = RUNS.includes(server.status);
@@ -381,9 +383,11 @@ async function start(event) {
   try {
     await ask("/api/start", settings());
     isChanged = false;
+    parts.problem = null;
     drawGo();
     document.getElementById("page").scrollTo({ top: 0, behavior: "smooth" });
   } catch (error) {
-    drawGo(error.message);
+    parts.problem = error.message;
+    drawGo();
   }
 }
