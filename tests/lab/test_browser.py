@@ -63,27 +63,17 @@ def choose(page: Page, model: str) -> None:
     page.locator("#port").blur()
 
 
-def start(page: Page, model: str = "demo/qwen") -> None:
-    choose(page, model)
-    expect(page.locator("#mtp")).to_be_checked()
-    page.locator("#start").click()
-    is_ready(page)
-
-
 def is_ready(page: Page) -> None:
     expect(page.locator("#pill")).to_have_attribute("data-status", "ready")
 
 
 def ready(page: Page, lab: LabProcess, model: str = "demo/qwen") -> None:
     """Have a model served with its head, unless it is."""
+    wanted = {"model": model, "mtp": True, "sampling": {"temperature": 0}}
     state = lab.wait_for("state")
     settings = state["settings"] or {}
-    if (
-        state["status"] != "ready"
-        or settings["model"] != model
-        or not settings.get("mtp")
-    ):
-        lab.start(model=model)
+    if state["status"] != "ready" or settings | wanted != settings:
+        lab.start(**wanted)
     is_ready(page)
 
 
@@ -103,8 +93,10 @@ def test_a_model_is_started_and_answers_with_tinted_drafts(page):
     choose(page, "demo/qwen")
     expect(page.locator("#verdict")).to_contain_text("MTP head found, it fits")
     page.locator("#number").select_option("2")
+    page.locator("#sampling-temperature").fill("0")
+    page.locator("#sampling-temperature").blur()
     command = page.locator("#command")
-    expect(command).to_contain_text("--mtp --num-draft-tokens 2")
+    expect(command).to_contain_text("--mtp --num-draft-tokens 2 --temp 0")
     page.locator("#start").click()
     expect(page.locator("#now")).to_have_attribute("data-status", "starting")
     expect(page.locator("#now progress")).to_be_visible()
