@@ -24,7 +24,7 @@ START = "from mlx_optiq_ext.cli import main; main()"
 SIZE: ViewportSize = {"width": 1120, "height": 720}
 SECONDS = 120.0
 QUESTION = "Write a function that reads a file and returns its lines"
-RACE = "Write a class for a queue"
+RACE = "I need a function that parses the arguments of a command line"
 
 
 def main() -> None:

@@ -146,7 +146,7 @@ def test_the_race_shows_both_speeds_and_that_the_texts_are_identical(page, lab):
     expect(page.locator("#verdict-race")).to_contain_text("identical")
     for lane in ("plain", "speculative"):
         speed = page.locator(f"[data-lane={lane}] .speed")
-        expect(speed).to_have_text(re.compile(r"[\d.]+ tok/s"))
+        expect(speed).to_have_text(re.compile(r"[\d.]+ tok/s, request to last token"))
     expect(page.locator("[data-lane=speculative] .stats")).to_contain_text("a round")
     expect(page.locator("[data-lane=plain] .t")).to_have_count(0)
 

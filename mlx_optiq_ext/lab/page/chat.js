@@ -335,9 +335,9 @@ async function race() {
 function raced(message) {
   const { plain, speculative } = message.race;
   const lane = (title, found) => h("div", { class: "card", "data-lane": title.toLowerCase() }, h("h3", {}, title),
-    h("div", { class: "speed" }, found.stats?.speed ? found.stats.speed.toFixed(1) : "–", h("small", {}, " tok/s")),
+    h("div", { class: "speed" }, found.stats?.total ? found.stats.total.toFixed(1) : "–", h("small", {}, " tok/s, request to last token")),
     h("div", { class: "body" }, found.state === "waiting" ? h("p", { class: "dim" }, "waits for its turn") : body({ ...found, state: found.state === "streaming" && running ? "racing" : found.state })),
-    found.stats && found.state !== "streaming" && h("div", { class: "stats" }, statsLine(found.stats)));
+    found.stats && found.state !== "streaming" && h("div", { class: "stats" }, statsLine({ ...found.stats, speed: null })));
   return h("div", { class: "race" }, lane("Plain", plain), lane("Speculative", speculative), verdict(plain, speculative));
 }
 
@@ -345,7 +345,7 @@ function verdict(plain, speculative) {
   if (plain.state !== "done" || speculative.state !== "done") return null;
   const text = (lane) => `${lane.reasoning}\n${lane.content}\n${JSON.stringify(lane.tool_calls)}`;
   const [one, other] = [text(plain), text(speculative)];
-  const ratio = plain.stats.speed && speculative.stats.speed ? `${(speculative.stats.speed / plain.stats.speed).toFixed(2)}x as fast. ` : "";
+  const ratio = plain.stats.total && speculative.stats.total ? `${(speculative.stats.total / plain.stats.total).toFixed(2)}x as fast. ` : "";
   if (one === other) return h("p", { class: "verdict", id: "verdict-race" }, `${ratio}The texts are identical.`);
   let at = 0;
   while (one[at] === other[at]) at += 1;

@@ -122,6 +122,8 @@ function stats(reply, times, began) {
   return {
     tokens,
     speed: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
+    // Pieces may reach a busy browser together, which cannot make this too high.
+    total: tokens && times.last > began ? tokens / ((times.last - began) / 1000) : null,
     first: times.first === null ? null : (times.first - began) / 1000,
     drafted: timings.draft_n ?? null,
     accepted: timings.draft_n_accepted ?? null,
