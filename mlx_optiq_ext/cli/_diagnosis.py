@@ -70,7 +70,7 @@ def diagnose(
     mtp: str | None,
     draft: str | None,
     num_draft_tokens: int,
-    track: Track,
+    track: Track | None,
 ) -> Report:
     """Examine a model and its drafter, and try them if nothing stands against it.
 
@@ -79,7 +79,8 @@ def diagnose(
         mtp (str, optional): Where the MTP head is, if not beside the model.
         draft (str, optional): Another drafter.
         num_draft_tokens (int): Draft tokens in a round.
-        track (Callable): Passes on the prompts while they are tried.
+        track (Callable, optional): Passes on the prompts while they are tried. None
+          has nothing tried.
     """
     names = ("model", "drafter", "memory", "test", "problem", "to_do")
     report: Report = dict.fromkeys(names)
@@ -103,7 +104,7 @@ def _examine(
     mtp: str | None,
     draft: str | None,
     num_draft_tokens: int,
-    track: Track,
+    track: Track | None,
 ) -> None:
     folder = find_folder(source)
     model, tokenizer, _ = load(source, lazy=True, return_config=True)
@@ -117,7 +118,8 @@ def _examine(
     report["drafter"] = _describe_drafter(drafter, model, mtp, draft)
     report["memory"] = _expect_memory(report, model, draft)
     speculation = {"draft": drafter, "num_draft_tokens": num_draft_tokens}
-    report["test"] = _try(model, tokenizer, speculation, track)
+    if track is not None:
+        report["test"] = _try(model, tokenizer, speculation, track)
 
 
 def _bind_head(model: nn.Module, mtp: str | None) -> Any:
@@ -263,6 +265,9 @@ def _describe(compared: _comparing.Comparison) -> Report:
 def _judge(report: Report) -> Report:
     """Whether speculation will work, whether it pays here, and both in one line."""
     test = report["test"]
+    if test is None and report["problem"] is None:
+        verdict = "nothing stands against speculation, which was not tried"
+        return {"works": True, "pays": None, "verdict": verdict}
     if test is None:
         verdict = "speculation will not work"
         return {"works": False, "pays": None, "verdict": verdict}

@@ -76,9 +76,12 @@ def measure(
     if num_tokens is None:
         tps = decode(model, tokenizer, first, NUM_TOKENS[0], {}).tps
         num_tokens = affordable_tokens(tps, len(prompts) * (1 + len(variants)))
-    comparisons = {}
+    comparisons: dict[str, Any] = {}
     with click.progressbar(prompts.items(), label="Decoding", file=sys.stderr) as items:
         for name, prompt in items:
+            # Where it is no terminal, each label is a line.
+            items.label = f"Decoding {name} ({len(comparisons) + 1} of {len(prompts)})"
+            items.render_progress()
             comparisons[name] = compare(
                 model, tokenizer, prompt, variants, max_tokens=num_tokens
             )

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
+
+PER_POSITION = (
+    "num_calls_per_depth",
+    "num_drafted_per_position",
+    "num_accepted_per_position",
+)
 
 
 @dataclass
@@ -61,6 +69,21 @@ class SpeculationStats:
             self.token_sources.append(None if accepted_position is None else source)
         if accepted_position is not None:
             self.num_accepted_per_position[accepted_position] += 1
+
+    @classmethod
+    def total(cls, parts: Iterable[SpeculationStats]) -> SpeculationStats:
+        """The counts of several generations together."""
+        found = cls()
+        for part in parts:
+            found.num_tokens += part.num_tokens
+            found.num_target_calls += part.num_target_calls
+            found.num_rounds += part.num_rounds
+            for name in PER_POSITION:
+                pairs = zip_longest(
+                    getattr(found, name), getattr(part, name), fillvalue=0
+                )
+                setattr(found, name, [one + other for one, other in pairs])
+        return found
 
     @property
     def num_drafted(self) -> int:

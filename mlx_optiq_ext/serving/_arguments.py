@@ -29,12 +29,14 @@ class Arguments(server.GenerationArguments):
         inbox: Where the reply goes, once the request is taken from the line.
         stats: Counts what speculation does, None if the model is decoded plainly.
         is_single: The request is served by itself.
+        records_sources: Whether it is kept what drafted each token.
     """
 
     given: Collection[str] | None = None
     inbox: Any = None
     stats: SpeculationStats | None = None
     is_single: bool = False
+    records_sources: bool = False
 
 
 def generation_arguments(request: Request, cli_args: Any) -> Arguments:
@@ -63,6 +65,7 @@ def generation_arguments(request: Request, cli_args: Any) -> Arguments:
         seed=number(body, "seed", None, kind=int),
         chat_template_kwargs=_template_arguments(request, cli_args),
         given=given_fields(body, cli_args),
+        records_sources=request.gives_sources,
     )
 
 

@@ -87,6 +87,7 @@ class Sequence:
         self._exchange = exchange
         self._check_thread()
         exchange.sequences.append(self)
+        exchange.generator.state.exchanges.add(exchange)
         exchange.generator.requests.put((self.inbox, request, arguments))
 
     @property

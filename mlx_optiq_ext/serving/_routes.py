@@ -235,7 +235,7 @@ def _metrics(exchange: Exchange) -> None:
     state = exchange.generator.state
     metrics = require(state.metrics)
     num_waiting = exchange.generator.requests.qsize()
-    text = metrics.text(num_waiting, len(state.exchanges))
+    text = metrics.text(num_waiting, state.exchanges)
     exchange.send_text(text, metrics.content_type)
 
 

@@ -74,7 +74,8 @@ def options_of(arguments: Any) -> SequenceOptions:
     Args:
         arguments (Arguments): Of the request.
     """
-    number, stats = arguments.num_draft_tokens, SpeculationStats()
+    number = arguments.num_draft_tokens
+    stats = SpeculationStats(records_sources=arguments.records_sources)
     arguments.stats = stats
     return SequenceOptions("auto" if number is AUTO_AS_NUMBER else number, stats)
 
@@ -106,9 +107,17 @@ def timings(usage: Usage) -> dict[str, Any]:
     """
     if not usage.stats:
         return {}
-    num_drafted = sum(stats.num_drafted for stats in usage.stats)
-    num_accepted = sum(stats.num_accepted for stats in usage.stats)
-    return {"timings": {"draft_n": num_drafted, "draft_n_accepted": num_accepted}}
+    stats = SpeculationStats.total(usage.stats)
+    return {
+        "timings": {
+            "draft_n": stats.num_drafted,
+            "draft_n_accepted": stats.num_accepted,
+            "draft_rounds": stats.num_rounds,
+            "draft_n_per_position": stats.num_drafted_per_position,
+            "draft_n_accepted_per_position": stats.num_accepted_per_position,
+            "calls_per_depth": stats.num_calls_per_depth,
+        }
+    }
 
 
 def serve_speculatively(provider: Any) -> None:
