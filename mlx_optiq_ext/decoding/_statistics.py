@@ -1,4 +1,4 @@
-"""What speculation did, as counts; every rate is derived."""
+"""Counts what speculation does; every rate is derived from the counts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ PER_POSITION = (
 
 @dataclass
 class SpeculationStats:
-    """Counts of one generation.
+    """The counts of one generation.
 
     A round is one verify pass over at least one draft token. Position 0 is the first
     draft token of a round.
 
     Args:
-        num_tokens (int): Tokens emitted.
-        num_target_calls (int): Forward passes of the target that emitted tokens.
-        num_rounds (int): Rounds.
-        num_calls_per_depth (list[int]): Forward passes by the number of draft tokens in
-          them: none, one and so on.
-        num_drafted_per_position (list[int]): Draft tokens verified, by position.
-        num_accepted_per_position (list[int]): Draft tokens emitted, by position.
+        num_tokens (int): The number of tokens emitted.
+        num_target_calls (int): The number of forward passes of the target that emitted
+          tokens.
+        num_rounds (int): The number of rounds.
+        num_calls_per_depth (list[int]): The number of forward passes, by how many draft
+          tokens they verified, from none on.
+        num_drafted_per_position (list[int]): The number of draft tokens verified, by
+          position.
+        num_accepted_per_position (list[int]): The number of draft tokens emitted, by
+          position.
         records_sources (bool): Whether ``token_sources`` is kept.
-        token_sources (list[str | None]): What proposed each token that was emitted,
-          such as ``"mtp"``; None for one of the target's own. A token is added before
-          whoever consumes it can see it.
+        token_sources (list[str | None]): The name of what proposed each emitted token,
+          such as ``"mtp"``, or None for a token of the target's own. An item is added
+          before the consumer receives the token.
     """
 
     num_tokens: int = 0
@@ -60,9 +63,9 @@ class SpeculationStats:
         """Count a token that is about to be emitted.
 
         Args:
-            accepted_position (int, optional): Its position among the draft tokens of
-              the round; None for a token of the target's own.
-            source (str): What proposes draft tokens.
+            accepted_position (int, optional): The token's position among the draft
+              tokens of the round. None if it is the target's own.
+            source (str): The name of what proposes draft tokens.
         """
         self.num_tokens += 1
         if self.records_sources:
@@ -95,12 +98,12 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted draft tokens over draft tokens verified."""
+        """The number of draft tokens accepted, divided by the number verified."""
         return self.num_accepted / max(self.num_drafted, 1)
 
     @property
     def acceptance_rate_per_position(self) -> list[float]:
-        """Accepted over verified, for each position of the draft."""
+        """The acceptance rate of each position of the draft."""
         pairs = zip(
             self.num_accepted_per_position, self.num_drafted_per_position, strict=True
         )
@@ -108,7 +111,7 @@ class SpeculationStats:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens per round, the recovered or bonus token included."""
+        """The mean number of tokens per round, with the recovered or bonus token."""
         return 1 + self.num_accepted / max(self.num_rounds, 1)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The one table of what is wrapped in mlx-lm."""
+"""The one table of all functions that are wrapped in mlx-lm."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ class Patch(NamedTuple):
     """One seam of mlx-lm and the function that goes around it.
 
     Args:
-        module: The module that has the seam. If it also defines it, the copies that
-          other modules of its package hold are replaced, too.
-        attribute: Its name there, dotted for a method: ``"APIHandler.do_POST"``.
-        wrapper: Where the wrapper is, as ``"module:function"``. It has wrapt's
-          parameters ``(wrapped, instance, args, kwargs)`` and is imported when
+        module: The module that has the seam. If the module also defines the seam, the
+          copies that other modules of its package hold are replaced, too.
+        attribute: The name of the seam in the module, dotted for a method:
+          ``"APIHandler.do_POST"``.
+        wrapper: The place of the wrapper, as ``"module:function"``. The wrapper has
+          wrapt's parameters ``(wrapped, instance, args, kwargs)`` and is imported when
           ``module`` is.
-        parameters: Names that the seam's signature must have.
+        parameters: The names of parameters that the seam must have.
     """
 
     module: str
@@ -32,7 +33,7 @@ _HERE = "mlx_optiq_ext.patches"
 
 
 def _command_line(command: str) -> tuple[Patch, Patch]:
-    """The seams of a command's module, which all look alike."""
+    """List the seams of a command's module, which are the same for every command."""
     module, wrappers = f"mlx_lm.{command}", f"{_HERE}.command_line"
     return (
         Patch(module, "setup_arg_parser", f"{wrappers}:setup_arg_parser"),
@@ -41,7 +42,7 @@ def _command_line(command: str) -> tuple[Patch, Patch]:
 
 
 def _server() -> tuple[Patch, ...]:
-    """The seams of the HTTP server and of its generation thread."""
+    """List the seams of the HTTP server and of its generation thread."""
     module, wrappers = "mlx_lm.server", f"{_HERE}.server"
     seams: dict[str, tuple[str, tuple[str, ...]]] = {
         "run": ("run", ("host", "port", "model_provider")),
@@ -58,7 +59,7 @@ def _server() -> tuple[Patch, ...]:
 
 
 def _batching() -> tuple[Patch, ...]:
-    """The seams by which served models are decoded speculatively."""
+    """List the seams by which served models are decoded speculatively."""
     wrappers = f"{_HERE}.batching"
     seams: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         ("generate", "BatchGenerator.__init__"): ("batch_generator", ("model",)),

@@ -1,4 +1,4 @@
-"""Tiny random models of other families, for what their cache entries are."""
+"""Makes tiny random models of other families, with their kinds of cache entries."""
 
 from __future__ import annotations
 

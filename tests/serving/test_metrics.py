@@ -1,4 +1,4 @@
-"""What a server tells about its requests, in the log and to Prometheus."""
+"""A server reports on its requests in the log and to Prometheus."""
 
 from __future__ import annotations
 
