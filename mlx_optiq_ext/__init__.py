@@ -1,9 +1,9 @@
 """Speculative decoding for mlx-lm with the drafters that models bring along.
 
-An installation patches mlx-lm in every interpreter that imports it. Where
-start-up files are not run (`python -S`, `pip install --target`, PYTHONPATH),
-importing this package does the same, before or after mlx-lm. Only names that
-other modules had copied out of mlx-lm by then, as with
+Once the package is installed, mlx-lm is patched in every interpreter that imports it.
+Some interpreters do not run start-up files (`python -S`, `pip install --target`,
+PYTHONPATH); there, importing this package before or after mlx-lm patches it as well.
+Only names that another module has copied out of mlx-lm by then, as with
 `from mlx_lm import generate`, remain unpatched.
 """
 

@@ -1,16 +1,16 @@
-"""Start-up hook. Every interpreter runs it, so it imports nothing of its own."""
+"""The start-up hook, which imports only `os` and `sys` as every interpreter runs it."""
 
 import os
 import sys
 
 
 def switched_off() -> bool:
-    """Whether the environment says that mlx-lm is to be left as it is."""
+    """Tell whether the environment says that mlx-lm is to be left as it is."""
     return os.environ.get("MLX_OPTIQ_EXT") == "0"
 
 
 class Trigger:
-    """Meta path entry that patches mlx-lm when it is first looked up."""
+    """A meta path entry that patches mlx-lm when it is first looked up."""
 
     armed = True
 
@@ -30,7 +30,11 @@ class Trigger:
 
 
 def stand_aside(reason: str) -> None:
-    """Say that nothing is patched, without raising even under `-W error`."""
+    """Warn that nothing is patched, without raising even under `-W error`.
+
+    Args:
+        reason (str): Why mlx-lm cannot be patched.
+    """
     import warnings
 
     message = f"mlx-optiq-ext leaves mlx-lm as it is: {reason}"

@@ -17,7 +17,7 @@ Source = str | os.PathLike[str]
 
 
 def read_config(source: Source) -> dict[str, Any]:
-    """The configuration of a checkpoint, empty if it has none.
+    """Read the configuration of a checkpoint, which is empty if there is none.
 
     Args:
         source (str or Path): A folder or a Hub id.
@@ -39,7 +39,7 @@ def read_config(source: Source) -> dict[str, Any]:
 
 
 def find_folder(source: Source) -> Path:
-    """The folder with a whole checkpoint, downloaded if it is on the Hub.
+    """Find the folder of a whole checkpoint, and download it if it is on the Hub.
 
     Args:
         source (str or Path): A folder or a Hub id.
@@ -58,10 +58,13 @@ def find_folder(source: Source) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file, empty if there is no such file.
+    """Read the JSON object in a file, which is empty if there is no such file.
+
+    Args:
+        file (Path): A file on disk.
 
     Raises:
-        SpeculationError: If the file holds anything else.
+        SpeculationError: If the file cannot be read or does not hold a JSON object.
     """
     if not file.is_file():
         return {}

@@ -47,9 +47,10 @@ class Decoded:
     """The outcome of one generation.
 
     Args:
-        tokens (list[int]): Those emitted, the one that ended the text included.
-        tps (float): ``generation_tps`` of the last response.
-        stats (SpeculationStats, optional): None for plain decoding.
+        tokens (list[int]): The tokens emitted, with the one that ended the text.
+        tps (float): The decoding speed in tokens per second, as mlx-lm reports it.
+        stats (SpeculationStats, optional): The counts of speculation. None if the
+          decoding was plain.
     """
 
     tokens: list[int]
@@ -59,12 +60,12 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a greedy output first leaves plain decoding's.
+    """The first token at which a greedy output differs from plain decoding.
 
     Args:
-        position (int): Of the first token that differs, 0 for the first one emitted.
-        margin (float): By how much plain decoding's best logit there exceeds its
-          second best.
+        position (int): The position of that token; the first one emitted has 0.
+        margin (float): The difference between the best and the second best logit of
+          plain decoding at that position.
     """
 
     position: int
@@ -76,12 +77,14 @@ class Comparison:
     """One prompt, decoded greedily without and with speculation.
 
     Args:
-        num_tokens (int): Tokens that plain decoding emitted.
-        plain_tps (float): Median decoding speed without speculation, in tokens per
+        num_tokens (int): How many tokens plain decoding emitted.
+        plain_tps (float): The median speed without speculation, in tokens per second.
+        speculative_tps (float): The median speed with speculation, in tokens per
           second.
-        speculative_tps (float): The same with it.
-        stats (SpeculationStats): Of one generation; all are alike.
-        difference (Difference, optional): None if the outputs are identical.
+        stats (SpeculationStats): The counts of the first speculative generation; the
+          others have the same.
+        difference (Difference, optional): Where the outputs differ. None if they are
+          identical.
     """
 
     num_tokens: int
@@ -100,7 +103,12 @@ class Comparison:
 
 
 def chat_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a user's message, in the model's chat template if it has one."""
+    """Encode a user's message, in the model's chat template if there is one.
+
+    Args:
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+        text (str): What the user says.
+    """
     if not tokenizer.has_chat_template:
         return tokenizer.encode(text)
     messages = [{"role": "user", "content": text}]
@@ -114,15 +122,15 @@ def decode(
     max_tokens: int,
     options: Options,
 ) -> Decoded:
-    """Decode once.
+    """Decode a prompt once, with or without speculation.
 
     Args:
         model (nn.Module): The model.
-        tokenizer (TokenizerWrapper): Its tokenizer.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
         prompt (Sequence[int]): The prompt's tokens.
         max_tokens (int): The most tokens to emit.
-        options (Mapping[str, Any]): Of ``stream_generate``; ``mtp`` or ``draft`` among
-          them make it speculate.
+        options (Mapping[str, Any]): Arguments of ``stream_generate``; it speculates if
+          ``mtp`` or ``draft`` is among them.
     """
     tokens = []
     for response in stream_generate(
@@ -137,7 +145,14 @@ def decode(
 def warm_up(
     model: nn.Module, tokenizer: Any, prompt: Sequence[int], variants: Iterable[Options]
 ) -> None:
-    """Decode a few tokens plainly and in every variant, which also loads drafters."""
+    """Decode a few tokens plainly and in every variant, which also loads drafters.
+
+    Args:
+        model (nn.Module): The model.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+        prompt (Sequence[int]): The prompt's tokens.
+        variants (Iterable[Mapping[str, Any]]): The options of each variant.
+    """
     for options in ({}, *variants):
         decode(model, tokenizer, prompt, NUM_WARM_UP_TOKENS, options)
 
@@ -155,7 +170,7 @@ def compare(
 
     Args:
         model (nn.Module): The model.
-        tokenizer (TokenizerWrapper): Its tokenizer.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
         prompt (Sequence[int]): The prompt's tokens.
         variants (Sequence[Mapping[str, Any]]): Options of ``stream_generate``, each
           with ``mtp`` or ``draft``, such as ``{"mtp": True, "num_draft_tokens": 2}``.
@@ -163,7 +178,7 @@ def compare(
         num_repeats (int): How often to decode plainly, then in each of the variants.
 
     Returns:
-        list[Comparison]: One for each variant.
+        list[Comparison]: One comparison for each variant.
 
     Raises:
         SpeculationError: If the model cannot be decoded speculatively.
@@ -190,7 +205,12 @@ def compare(
 
 
 def median_tps(runs: Sequence[Sequence[Decoded]]) -> list[float]:
-    """Median speeds of repeated runs, one for each that a repeat consists of."""
+    """Compute the median speed of each run over its repeats, in tokens per second.
+
+    Args:
+        runs (Sequence[Sequence[Decoded]]): For each repeat, the outcomes of its runs,
+          always in the same order.
+    """
     return [
         statistics.median(decoded.tps for decoded in repeats)
         for repeats in zip(*runs, strict=True)
@@ -204,10 +224,20 @@ def find_difference(
     plain: Sequence[int],
     other: Sequence[int],
 ) -> Difference | None:
-    """Where two outputs part, and how nearly plain decoding went the other way.
+    """Find where two outputs differ, and how close plain decoding's choice was there.
 
-    Plain decoding is repeated up to there, so that the timed runs need not keep a
-    vocabulary of log probabilities for each token.
+    Plain decoding is repeated up to that token, so that the timed runs need not keep
+    the log probabilities of the whole vocabulary for each token.
+
+    Args:
+        model (nn.Module): The model.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+        prompt (Sequence[int]): The prompt's tokens.
+        plain (Sequence[int]): The tokens of plain decoding.
+        other (Sequence[int]): The tokens of the output that is compared with it.
+
+    Returns:
+        Difference, optional: None if neither output differs before the other ends.
     """
     pairs = zip(plain, other, strict=False)
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)

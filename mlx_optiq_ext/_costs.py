@@ -1,4 +1,4 @@
-"""What a forward pass over several rows costs, against one over a single row."""
+"""Measures the cost of a forward pass by the number of its rows."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ def measure_verify_seconds(
     num_repeats: int = 5,
     clock: Clock = time.perf_counter,
 ) -> dict[int, float]:
-    """Time passes over a few rows, the projection to logits included.
+    """Time forward passes over a few rows, including the projection to logits.
 
     Each pass is built before the clock starts, starts from the same cache and yields
     what plain decoding evaluates: for each row, log probabilities and the best token.
 
     Args:
         model (nn.Module): The model.
-        cache (Sequence[Any]): What the model has seen before; it stays as it is.
-        tokens (mx.array): The rows, as many as the largest pass has.
-        num_rows (Sequence[int]): Of each kind of pass.
-        num_repeats (int): Passes of each kind, in an order that is shuffled.
-        clock (Callable[[], float]): Tells seconds.
+        cache (Sequence[Any]): The prompt cache that every pass starts from. It stays
+          as it is.
+        tokens (mx.array): The tokens to feed, ``[num_tokens]``, at least as many as
+          the largest pass has rows.
+        num_rows (Sequence[int]): The numbers of rows to time.
+        num_repeats (int): How many passes to time for each number of rows. Their order
+          is shuffled.
+        clock (Callable[[], float]): Returns the time in seconds.
 
     Returns:
-        dict[int, float]: Median seconds by number of rows.
+        dict[int, float]: The median seconds of a pass by its number of rows.
     """
     order = random.Random(0)
     seconds: dict[int, list[float]] = {rows: [] for rows in num_rows}
@@ -53,7 +56,12 @@ def measure_verify_seconds(
 
 
 def filled_cache(model: nn.Module, prompt: mx.array) -> list[Any]:
-    """A cache that holds a prompt and one token more."""
+    """Make a cache that holds a prompt and the token generated after it.
+
+    Args:
+        model (nn.Module): The model.
+        prompt (mx.array): The prompt's tokens, ``[num_tokens]``.
+    """
     cache = make_prompt_cache(model)
     for _ in generate_step(prompt, model, max_tokens=1, prompt_cache=cache):
         pass
@@ -62,7 +70,11 @@ def filled_cache(model: nn.Module, prompt: mx.array) -> list[Any]:
 
 
 def copy_cache(cache: Sequence[Any]) -> list[Any]:
-    """The same entries with arrays of their own, which may be updated in place."""
+    """Copy a cache with its arrays, so that the copy may be updated in place.
+
+    Args:
+        cache (Sequence[Any]): The entries of a prompt cache.
+    """
     copies = [copy.copy(entry) for entry in cache]
     for entry in copies:
         vars(entry).update(tree_map(_copy_array, vars(entry)))

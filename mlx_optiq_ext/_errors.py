@@ -2,4 +2,4 @@
 
 
 class SpeculationError(ValueError):
-    """Speculation was asked for and cannot be done; the message says why."""
+    """Is raised if speculation is asked for and impossible; the message says why."""

@@ -1,4 +1,4 @@
-"""The options of speculation: their limits and their checks."""
+"""The options of speculation, with their limits and checks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ NumDraftTokens = int | Literal["auto"]
 
 
 class _Auto(int):
-    """A whole number that is told from others by its identity."""
+    """A whole number that is recognised by its identity and not by its value."""
 
 
-# Means "auto" where mlx-lm insists on a whole number of at least 1.
+# This stands for "auto" where mlx-lm insists on a whole number of at least 1.
 AUTO_AS_NUMBER = _Auto(1)
 
 
 def check_num_draft_tokens(num_draft_tokens: Any) -> None:
-    """Raise ValueError unless this is a whole number from 1 to 8 or ``"auto"``."""
+    """Check a number of draft tokens in a round.
+
+    Args:
+        num_draft_tokens (Any): What the caller passed.
+
+    Raises:
+        ValueError: If it is neither a whole number from 1 to 8 nor ``"auto"``.
+    """
     if isinstance(num_draft_tokens, str) and num_draft_tokens == "auto":
         return
     is_int = isinstance(num_draft_tokens, int) and not isinstance(
@@ -35,7 +42,14 @@ def check_num_draft_tokens(num_draft_tokens: Any) -> None:
 
 
 def check_draft_vocab(draft_vocab: Any) -> None:
-    """Raise ValueError unless this is a positive whole number or a path."""
+    """Check a limit on the vocabulary that drafts are made from.
+
+    Args:
+        draft_vocab (Any): What the caller passed.
+
+    Raises:
+        ValueError: If it is neither a positive whole number nor a path.
+    """
     is_int = isinstance(draft_vocab, int) and not isinstance(draft_vocab, bool)
     is_path = isinstance(draft_vocab, (str, os.PathLike)) and os.fspath(draft_vocab)
     if not is_path and not (is_int and draft_vocab > 0):

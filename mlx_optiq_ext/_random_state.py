@@ -10,9 +10,10 @@ import mlx.core as mx
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Undo what the initialisation of layers draws from the global generator.
+    """Restore the global random generator when the block ends.
 
-    A seeded generation has to give the same text whether or not it loads a drafter.
+    The initialisation of layers draws from it, but a seeded generation has to give the
+    same text whether or not it loads a drafter.
     """
     high, low = mx.random.state[0].tolist()
     try:

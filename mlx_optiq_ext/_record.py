@@ -1,4 +1,4 @@
-"""What this package remembers of a model, all in one place."""
+"""The one record in which this package keeps all that it remembers of a model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ATTRIBUTE = "_optiq_record"
 
 @dataclass
 class ModelRecord:
-    """What goes with one model and is none of its parameters.
+    """The things that belong to one model and are not its parameters.
 
-    Invariant: the record of a copy, and of a model that was pickled, has the source and
-    nothing else, because the class of a copy is mlx-lm's own.
+    Invariant: the record of a copied or unpickled model has the source and nothing
+    else, because the class of such a model is mlx-lm's own.
 
     Args:
         source (Path, optional): Where mlx-lm loaded the model from.
@@ -27,7 +27,7 @@ class ModelRecord:
         draft_vocabulary (Any): The part of the vocabulary that was last drafted from.
         round_times (dict): The seconds that rounds take, by what drafts in them and for
             about how many sequences.
-        served (Any): How a server decodes the model's sequences.
+        served (Any): The settings with which a server decodes the model's sequences.
     """
 
     source: Path | None = None
@@ -44,10 +44,14 @@ class ModelRecord:
 
 
 def record_of(model: nn.Module) -> ModelRecord:
-    """The record of a model, an empty one if there was none."""
+    """Return the record of a model, and create it if there is none.
+
+    Args:
+        model (nn.Module): A model that mlx-lm loaded.
+    """
     record = getattr(model, _ATTRIBUTE, None)
     if record is None:
         record = ModelRecord()
-        # Not by nn.Module.__setattr__, which makes modules and arrays parameters.
+        # nn.Module.__setattr__ is bypassed because it makes parameters of what it gets.
         object.__setattr__(model, _ATTRIBUTE, record)
     return record

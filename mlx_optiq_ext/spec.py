@@ -1,4 +1,4 @@
-"""Drafting with a drafter of its own, as events; the API that mlx-optiq published.
+"""Speculative generation as a stream of events, the API that mlx-optiq published.
 
     from mlx_lm.utils import load_model, load_tokenizer
     from mlx_optiq_ext.spec import GemmaAssistantDrafter, SpecConfig, spec_generate
@@ -9,7 +9,7 @@
     for event in spec_generate(target, drafter, tokenizer, "Hello", SpecConfig()):
         print(event.text, end="", flush=True)
 
-It needs no patch of mlx-lm.
+This module works whether or not mlx-lm is patched.
 """
 
 from __future__ import annotations
@@ -47,18 +47,20 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SpecConfig:
-    """How to generate.
+    """The settings of a generation.
+
+    The arguments that are not listed have the meaning and the defaults that they have
+    in mlx-lm's ``generate_step``.
 
     Args:
-        gamma (int or str, optional): The same as ``num_draft_tokens``.
-        max_tokens (int): The most tokens to generate, -1 for no limit.
-        num_draft_tokens (int or str, optional): Tokens to draft in a round, 1 to 8, or
-            ``"auto"``. Default: ``1``, as published.
-
-        The other arguments are those of mlx-lm's ``generate_step``.
+        gamma (int or str, optional): Another name of ``num_draft_tokens``.
+        max_tokens (int): The most tokens to generate; -1 sets no limit.
+        num_draft_tokens (int or str, optional): The number of tokens to draft in a
+          round, from 1 to 8, or ``"auto"``. Default: ``1``, as published.
 
     Raises:
-        ValueError: If an argument is not what it should be.
+        ValueError: If ``gamma`` and ``num_draft_tokens`` differ, or if either of them,
+          ``max_tokens`` or ``prefill_step_size`` is out of range.
     """
 
     gamma: NumDraftTokens | None = None
@@ -97,14 +99,16 @@ class SpecConfig:
 
 @dataclass(frozen=True, slots=True)
 class SpecStats:
-    """What a generation did.
+    """The counts of a generation.
 
     Args:
-        num_emitted (int): Tokens generated.
-        num_drafted (int): Tokens drafted.
-        num_accepted (int): Tokens both drafted and emitted.
-        num_target_calls (int): Forward passes of the target that emitted tokens.
-        elapsed_seconds (float): From the call to the last token, prompt included.
+        num_emitted (int): The number of tokens generated.
+        num_drafted (int): The number of draft tokens verified.
+        num_accepted (int): The number of draft tokens emitted.
+        num_target_calls (int): The number of forward passes of the target that emitted
+          tokens.
+        elapsed_seconds (float): The seconds from the call to the last token, the
+          processing of the prompt included.
     """
 
     num_emitted: int
@@ -115,20 +119,21 @@ class SpecStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Tokens accepted over tokens drafted."""
+        """The number of tokens accepted, divided by the number drafted."""
         return self.num_accepted / max(self.num_drafted, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class SpecEvent:
-    """Something that happened in a generation.
+    """One token of a generation, or its end.
 
     Args:
         kind (str): ``"token"``, or ``"done"`` for the last event.
-        text (str): The text that the token completes. May be empty.
-        token_id (int, optional): The token.
+        text (str): The text that the token completes, which may be empty.
+        token_id (int, optional): The token. None in the last event.
         from_draft (bool): Whether the token was drafted.
-        stats (SpecStats, optional): With the last event.
+        stats (SpecStats, optional): The counts of the generation. None in every event
+          but the last.
     """
 
     kind: Literal["token", "done"]
@@ -147,22 +152,24 @@ def spec_generate(
 ) -> Generator[SpecEvent, None, None]:
     """Generate text, several tokens to a forward pass of the target.
 
-    The tokens are those of mlx-lm's ``stream_generate``; the one that ends the text is
-    among them, without a text of its own.
+    The tokens are those that mlx-lm's ``stream_generate`` yields. The token that ends
+    the text is among them, and its own text is empty.
 
     Args:
         target (nn.Module): The model, as ``mlx_lm.utils.load_model`` returns it.
-        drafter: A drafter, an ordinary draft model, or the folder or Hub id of one of
-            them. None is the target's own MTP head.
-        tokenizer: As ``mlx_lm.utils.load_tokenizer`` returns it.
-        prompt (str or list or mx.array): Text, or tokens of shape ``[num_tokens]``.
-        config (SpecConfig, optional): How to generate.
+        drafter (Drafter, nn.Module, str or Path, optional): A drafter, an ordinary
+          draft model, or the folder or Hub id of one of them. None means the target's
+          own MTP head.
+        tokenizer (TokenizerWrapper): The tokenizer, as ``mlx_lm.utils.load_tokenizer``
+          returns it, or a tokenizer of transformers.
+        prompt (str, list or mx.array): A text, or tokens of shape ``[num_tokens]``.
+        config (SpecConfig, optional): The settings of the generation.
 
     Yields:
-        SpecEvent: One for each token, then one with statistics.
+        SpecEvent: An event for each token, then one with the counts.
 
     Raises:
-        ValueError: If an argument is not what it should be.
+        ValueError: If the drafter or the prompt is malformed.
         SpeculationError: If the drafter cannot draft for this target.
     """
     start = time.perf_counter()
@@ -221,7 +228,7 @@ def _stats(counts: SpeculationStats, elapsed_seconds: float) -> SpecStats:
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> mx.array:
-    """Tokens of a prompt, found as ``stream_generate`` does."""
+    """Encode a prompt in the way of mlx-lm's ``stream_generate``."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         prompt = tokenizer.encode(

@@ -49,9 +49,10 @@ class Served:
     Args:
         family (str): Of the model.
         flags (str): Further flags of the server.
+        off (bool): Whether to switch this project off.
     """
 
-    def __init__(self, family: str, *flags: str):
+    def __init__(self, family: str, *flags: str, off: bool = False):
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self.port: int = probe.getsockname()[1]
@@ -64,7 +65,12 @@ class Served:
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": self._folder.name},
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "HF_HOME": self._folder.name,
+                "MLX_OPTIQ_EXT": "0" if off else "1",
+            },
         )
 
     def __enter__(self) -> Served:

@@ -31,7 +31,7 @@ PERIOD = 4  # layers, the last with full attention
 
 
 class Size(NamedTuple):
-    """Of a Qwen3.5 model."""
+    """The sizes of a Qwen3.5 model."""
 
     hidden_size: int
     intermediate_size: int
@@ -148,7 +148,7 @@ def one_state(model: nn.Module) -> mx.array:
 def interleaved(
     runs: dict[str, Callable[[], mx.array]], num_repeats: int
 ) -> dict[str, float]:
-    """The median seconds of each, the first turn left out."""
+    """Measure the median seconds of each in turns, without the first turn."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(num_repeats + 1):
         for name, run in runs.items():

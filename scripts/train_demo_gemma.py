@@ -1,15 +1,16 @@
-"""Make the demo pair, a Gemma-4 model and its assistant, in one go or step by step.
+"""Make a larger demo pair, Gemma-4 and its assistant, in one go or step by step.
 
 Needs torch, transformers and tokenizers beside the project itself, in any environment;
 `train` needs torch and numpy alone, so that it can run on another machine, given
-`scripts` and the folder that `corpus` wrote, which is that of `train_demo_model.py`.
-Python must be 3.11 for the same corpus, because its standard library is part of it.
-Seeds are fixed, but CUDA adds up gradients in no fixed order, so that a second pair is
-as good and not the same.
+`scripts` and the folder that `corpus` wrote, which is that of `train_demo_model.py`. It
+stops after `--max-minutes` and goes on from there when it is run again. Python must be
+3.11 for the same corpus, because its standard library is part of it. Seeds are fixed,
+but CUDA adds up gradients in no fixed order, so that a second pair is as good and not
+the same.
 
     python scripts/train_demo_gemma.py              # all of them:
     python scripts/train_demo_gemma.py corpus
-    python scripts/train_demo_gemma.py train        # 7 minutes on an H200
+    python scripts/train_demo_gemma.py train        # 9 minutes on an H100
     python scripts/train_demo_gemma.py export
     python scripts/train_demo_gemma.py measure
 """
@@ -22,7 +23,7 @@ import math
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "mlx_optiq_ext" / "demo_gemma"
+MODEL = ROOT / ".train" / "gemma"
 STEPS = ("corpus", "train", "export", "measure")
 
 
@@ -52,24 +53,23 @@ def train(arguments: argparse.Namespace) -> None:
     from demo_model.loop import Recipe
 
     options = {
-        "batch_size": arguments.batch_size,
+        "max_seconds": 60 * arguments.max_minutes,
         "length": arguments.length,
         "seed": arguments.seed,
     }
     target = Recipe(
-        num_steps=arguments.steps,
-        max_seconds=arguments.max_seconds,
-        learning_rate=arguments.learning_rate,
-        **options,
+        num_steps=arguments.steps, batch_size=arguments.batch_size, **options
     )
     assistant = Recipe(
         num_steps=arguments.assistant_steps,
-        max_seconds=arguments.max_assistant_seconds,
+        batch_size=arguments.batch_size // 2,
         **options,
     )
-    streams, is_compiled = arguments.work / "streams.npz", arguments.compile
-    train_target(streams, arguments.work, target, is_compiled=is_compiled)
-    train_assistant(streams, arguments.work, assistant, is_compiled=is_compiled)
+    work, is_compiled = arguments.work, arguments.compile
+    is_done = train_target(
+        work, work, target, is_compiled=is_compiled
+    ) and train_assistant(work, work, assistant, is_compiled=is_compiled)
+    print("done" if is_done else "not done: run this again")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -83,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Print the figures of the model card."""
     from demo_gemma.measure import measure
 
-    figures = measure(arguments.model, arguments.work / "streams.npz")
+    figures = measure(arguments.model, arguments.work)
     print(json.dumps(figures, indent=2))
 
 
@@ -99,18 +99,24 @@ def _parse() -> argparse.Namespace:
         help="folder of everything that is not the model (default: .train)",
     )
     parser.add_argument(
-        "--model", type=Path, default=MODEL, help="folder of the model (default: ours)"
+        "--model",
+        type=Path,
+        default=MODEL,
+        help="folder of the model (default: .train/gemma)",
     )
     group = parser.add_argument_group("train")
-    group.add_argument("--steps", type=int, default=7739, help="of the model")
-    group.add_argument("--assistant-steps", type=int, default=3962)
-    group.add_argument("--max-seconds", type=float, default=math.inf)
-    group.add_argument("--max-assistant-seconds", type=float, default=math.inf)
-    group.add_argument("--batch-size", type=int, default=64, help="in sequences")
-    group.add_argument("--length", type=int, default=1024, help="of a sequence")
+    group.add_argument("--steps", type=int, default=3546, help="of the model")
+    group.add_argument("--assistant-steps", type=int, default=3446)
     group.add_argument(
-        "--learning-rate", type=float, default=1.2e-2, help="of the model"
+        "--max-minutes", type=float, default=math.inf, help="of each of the two"
     )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="in sequences; the assistant's is half of it",
+    )
+    group.add_argument("--length", type=int, default=1024, help="of a sequence")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--compile",

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from mlx_optiq_ext.drafters import GemmaAssistantDrafter, Proposal
 from tests.helpers import ORACLE
 
-# Like E4B: per-layer inputs, shared keys and values, a centroid head. Like 26B-A4B:
-# experts, keys that are values, a tied head.
+# The first has per-layer inputs, shared keys and values and a centroid head, as E4B.
+# The second has experts, keys that are values and a tied head, as 26B-A4B.
 E4B, A4B = "gemma4_tiny", "gemma4_tiny_26b"
 KINDS = [E4B, A4B]
 VOCAB_SIZE = 512
@@ -64,7 +64,7 @@ def difference(found: mx.array, expected: mx.array) -> float:
 
 
 def add_tokenizer(folder: Path) -> Path:
-    """A word for each token; the one for 1 ends the text."""
+    """Write a tokenizer with a word for each token; the word of 1 ends the text."""
     words = {f"w{token}": token for token in range(VOCAB_SIZE)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -79,7 +79,7 @@ def add_tokenizer(folder: Path) -> Path:
 def copy(
     source: Path, folder: Path, edit: Callable[[dict[str, Any]], None] | None = None
 ) -> Path:
-    """A checkpoint whose configuration is edited."""
+    """Copy a checkpoint and edit its configuration."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.npz"))
     config = json.loads((folder / "config.json").read_text())
     if edit is not None:
@@ -93,11 +93,11 @@ class GuidedDrafter:
     """A drafter whose drafts are made right where it is told to.
 
     Args:
-        drafter: Proposes; random weights are never right by themselves.
-        script (list[int]): What plain decoding emits.
+        drafter: The drafter to guide; random weights are never right by themselves.
+        script (list[int]): The tokens that plain decoding emits.
         is_right (Callable): Whether the draft for a position of the script is right.
-        watch (Callable, optional): Called with the model, the prompt cache and the
-            number of tokens emitted so far, before each draft.
+        watch (Callable, optional): A function that is called before each draft, with
+            the model, the prompt cache and the number of tokens emitted so far.
     """
 
     name = "guided"
@@ -114,7 +114,8 @@ class GuidedDrafter:
         self.script = script
         self.is_right = is_right
         self.watch = watch
-        # Of each draft token: tokens emitted before, those drafted before, logits.
+        # An item has the number of tokens emitted before a draft token, the tokens
+        # drafted before it, and its logits.
         self.proposed: list[tuple[int, list[mx.array], mx.array]] = []
 
     def bind(self, model: nn.Module) -> GuidedDrafter:

@@ -24,7 +24,7 @@ DENSE, MOE = ORACLE / "qwen35_tiny", ORACLE / "qwen35_tiny_moe"
 
 
 def load_tiny(kind: str) -> nn.Module:
-    """A tiny Qwen3.5: dense, moe, dense-bf16, dense-4bit or moe-4bit."""
+    """Load a tiny Qwen3.5: dense, moe, dense-bf16, dense-4bit or moe-4bit."""
     name, _, variant = kind.partition("-")
     model, _ = load_model({"dense": DENSE, "moe": MOE}[name])
     if variant == "bf16":
@@ -40,11 +40,11 @@ def _is_divisible(path: str, module: nn.Module) -> bool:
 
 
 class ScriptedDrafter:
-    """Proposes the tokens of a script, or wrong ones where it is told to.
+    """A drafter that proposes the tokens of a script, or wrong ones where told to.
 
     Args:
-        script (list[int]): What plain decoding emits.
-        vocab_size (int): Size of the vocabulary.
+        script (list[int]): The tokens that plain decoding emits.
+        vocab_size (int): The size of the vocabulary.
         is_right (Callable): Whether the draft for a position of the script is right.
     """
 
@@ -102,7 +102,7 @@ class ScriptedSession:
 
 
 class ChangingDepth:
-    """Parks and drafts by turns, without looking at the time."""
+    """A depth that follows a pattern of parking and drafting, whatever rounds take."""
 
     def __init__(self, pattern: Sequence[int]):
         self.depths = itertools.cycle(pattern)
@@ -122,19 +122,19 @@ PARKED_THEN_NOT = (*[0] * 70, 2)
 
 
 def changing_depth(pattern: Sequence[int] = CHANGING) -> Any:
-    """What ``num_draft_tokens="auto"`` means, until the end of the context."""
+    """Replace the automatic depth by a pattern until the end of the context."""
     return mock.patch.object(
         _step, "make_depth", side_effect=lambda *_: ChangingDepth(pattern)
     )
 
 
 def often_right(position: int) -> bool:
-    """Runs of right drafts of many lengths, with single and double misses between."""
+    """Make runs of right drafts of many lengths, with one or two misses between."""
     return (position * position + position // 3) % 7 not in (0, 4)
 
 
 def contents(entry: Any) -> list[mx.array]:
-    """The arrays that a cache entry holds, in the order that it has them in."""
+    """List the arrays of a cache entry in the order in which it has them."""
     if isinstance(entry, CacheList):
         return [array for inner in entry.caches for array in contents(inner)]
     if hasattr(entry, "keys_and_values"):
@@ -152,7 +152,7 @@ def assert_same_cache(expected: list[Any], found: list[Any]) -> None:
 
 
 def assert_same_tokens(plain: list[Any], speculative: list[Any]) -> None:
-    """Tokens and log probabilities are equal to the bit."""
+    """Check that tokens and log probabilities are equal to the bit."""
     assert [token for token, *_ in plain] == [token for token, *_ in speculative]
     for (_, expected, *_), (_, found, *_) in zip(plain, speculative, strict=True):
         assert expected.shape == found.shape

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_optiq_ext import SpeculationStats, _costs
+from mlx_optiq_ext import SpeculationStats, _comparing, _costs
 from mlx_optiq_ext._comparing import Comparison, Difference
 from mlx_optiq_ext.cli import main
 from mlx_optiq_ext.cli._machine import loaded_libraries
@@ -38,6 +38,15 @@ def test_the_report_has_costs_speeds_acceptance_and_the_best_depth():
     assert len(found["acceptance_rate_by_prompt"]) == 5
     assert found["differences"] == {}
     assert report["best_depth"] == int(found["speed_up"] > 1)
+
+
+def test_a_program_can_follow_how_far_it_is():
+    result = CliRunner().invoke(main, [*QUICK, "--json"])
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if " of 5)" in line] == [
+        f"Decoding {name} ({number} of 5)"
+        for number, name in enumerate(_comparing.PROMPTS, start=1)
+    ]
 
 
 def test_contradicting_drafters_are_refused():

@@ -1,4 +1,4 @@
-"""What the benchmark scripts compute; what they measure is for them to say."""
+"""The benchmark scripts compute their results rightly from what they measure."""
 
 from __future__ import annotations
 

@@ -69,6 +69,19 @@ def test_a_model_with_its_head_works():
     )
 
 
+def test_a_model_can_be_examined_without_decoding(lost):
+    code, report = doctor("--no-test", DEMO)
+    assert code == 0
+    assert report["drafter"]["kind"] == "MTP head"
+    assert report["test"] is report["pays"] is None
+    assert report["works"] is True
+    assert "was not tried" in report["verdict"]
+    code, report = doctor("--no-test", lost)
+    assert code == 1
+    assert "there is no MTP head" in report["problem"]
+    assert "extract-mtp" in report["to_do"]
+
+
 def test_the_report_reads_in_a_few_lines_and_ends_with_a_verdict():
     result = CliRunner().invoke(main, ["doctor", str(DEMO)])
     assert result.exit_code == 0

@@ -1,4 +1,4 @@
-"""Fresh interpreters: when mlx-lm is patched, and what that costs the others.
+"""Fresh interpreters: when mlx-lm is patched, and what the hook costs.
 
 The tests need an installation of this project, `pip install -e ".[cpu,test]"`.
 """

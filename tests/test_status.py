@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext status`: the command, and what it is made of."""
+"""`mlx-optiq-ext status`: the command and its parts."""
 
 from __future__ import annotations
 

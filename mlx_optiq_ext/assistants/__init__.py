@@ -1,9 +1,9 @@
-"""The small decoder that Gemma-4 models have beside them, and how it is loaded.
+"""The assistants of Gemma-4 models, which are small decoders that draft for them.
 
 A checkpoint is a folder or a Hub id whose ``config.json`` has one of the model types
-``gemma4_assistant`` and ``gemma4_unified_assistant``. Read are
+``gemma4_assistant`` and ``gemma4_unified_assistant``. The checkpoint may have
 
-* full and mlx-quantised weights, quantised in any way that mlx-lm can load;
+* full weights, or weights quantised in any way that mlx-lm can load;
 * heads over the tied embeddings, over their own, and over the tokens of the best
   centroids only (``use_ordered_embeddings``);
 * head sizes per layer (``per_layer_config``) and per type of layer

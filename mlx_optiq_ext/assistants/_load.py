@@ -1,4 +1,4 @@
-"""From a checkpoint to an assistant that is ready to run."""
+"""Loads an assistant from its checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_assistant(source: Source) -> Assistant:
         source (str or Path): A folder or a Hub id.
 
     Raises:
-        SpeculationError: If that is not an assistant, or not a whole one.
+        SpeculationError: If there is no assistant, or a part of it is missing.
     """
     if (found := read_config(source).get("model_type")) not in MODEL_TYPES:
         raise SpeculationError(

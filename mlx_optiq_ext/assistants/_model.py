@@ -11,16 +11,17 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.gemma4_text import DecoderLayer, ModelArgs, logit_softcap
 
-# Keys and values of the target by type of layer, [batch, heads, num_tokens, head_dim].
+# These are the target's keys and values by type of layer, each of the shape
+# [batch, heads, num_tokens, head_dim].
 SharedKV = dict[str, tuple[mx.array, ...]]
 
 SLIDING = "sliding_attention"
-# Entries that a query sees beyond its window: Hugging Face counts the window from the
-# query's own position, with both ends. Other implementations see one or two fewer.
+# A query sees this many tokens beyond its window: Hugging Face counts the window from
+# the query's own position, with both ends. Others see one or two fewer.
 NUM_BEYOND_WINDOW = 1
 
 _ORDERING = "masked_embedding.token_ordering"
-# What makes a Gemma-4 decoder an assistant, whatever the defaults of mlx-lm are.
+# An assistant is a Gemma-4 decoder with these settings, whatever mlx-lm's defaults are.
 _FIXED = {
     "hidden_size_per_layer_input": 0,
     "enable_moe_block": False,
@@ -30,7 +31,19 @@ _FIXED = {
 
 @dataclass
 class AssistantArgs(BaseModelArgs):
-    """``config.json`` of an assistant, and what of other files belongs to it."""
+    """The arguments of an assistant, which are those of its ``config.json``.
+
+    Args:
+        text_config (dict): The arguments of the decoder, as mlx-lm's ``ModelArgs``.
+        backbone_hidden_size (int): The size of the target's states.
+        use_ordered_embeddings (bool): Whether only the tokens of the best centroids
+          are scored.
+        num_centroids (int): The number of centroids.
+        centroid_intermediate_top_k (int): How many centroids are best.
+        tie_word_embeddings (bool): Whether the output layer is the embedding.
+        suppress_tokens (Sequence[int]): Tokens that are never drafted. They come from
+          ``generation_config.json``.
+    """
 
     text_config: dict[str, Any]
     backbone_hidden_size: int
@@ -41,7 +54,7 @@ class AssistantArgs(BaseModelArgs):
     suppress_tokens: Sequence[int] = ()
 
     def layers(self) -> list[ModelArgs]:
-        """The arguments of each layer; all but the head sizes are the same."""
+        """Return the arguments of each layer, which differ in the head sizes only."""
         config = self.text_config
         defaults = {"final_logit_softcapping": None}
         if "per_layer_config" in config:
@@ -60,12 +73,12 @@ class AssistantArgs(BaseModelArgs):
 
 
 class Assistant(nn.Module):
-    """Drafts one token from the state and the keys and values of its target.
+    """A decoder that drafts one token from its target's state, keys and values.
 
     Each step reads the embedding of the last token, as the target scales it, and the
-    state that predicted it. The keys and values are those of the target's last own
-    layer of each type; there are none of the assistant's, and so all steps of a draft
-    have the same position.
+    state that predicted it. For each type of layer, the keys and values are those of
+    the last layer of the target that computes its own. The assistant adds none to them,
+    so all steps of a draft have the same position.
 
     Math: Hugging Face's ``Gemma4AssistantForCausalLM``.
 
@@ -97,10 +110,11 @@ class Assistant(nn.Module):
         return self.model.norm.weight.dtype
 
     def visible(self, shared_kv: SharedKV) -> SharedKV:
-        """What the assistant sees of its target's keys and values.
+        """Cut the target's keys and values to what the assistant sees.
 
         Args:
-            shared_kv (dict): All of them, in the order of the tokens.
+            shared_kv (dict): All keys and values of the target, in the order of the
+              tokens.
         """
         num_visible = self.text_args.sliding_window + NUM_BEYOND_WINDOW
         return {
@@ -121,15 +135,16 @@ class Assistant(nn.Module):
         """Run one step.
 
         Args:
-            embedding (mx.array): Of the last token, scaled, ``[batch, 1, backbone]``.
-            hidden (mx.array): The target's state that predicted it, or for any but the
-              first step what the last one returned, of the same shape.
-            shared_kv (dict): What ``visible`` returned.
-            position (int): Of the query.
+            embedding (mx.array): The scaled embedding of the last token,
+              ``[batch, 1, backbone_hidden_size]``.
+            hidden (mx.array): The state of the target that predicted the last token, or
+              the state that the step before returned, of the same shape.
+            shared_kv (dict): The keys and values that ``visible`` returned.
+            position (int): The position of the query, in tokens.
 
         Returns:
-            tuple[mx.array, mx.array]: Logits ``[batch, 1, vocab]``, and the state for
-            the next step, ``[batch, 1, backbone]``.
+            tuple[mx.array, mx.array]: The logits, ``[batch, 1, vocab_size]``, and the
+            state for the next step, ``[batch, 1, backbone_hidden_size]``.
         """
         x = mx.concatenate([embedding, hidden], axis=-1).astype(self.dtype)
         x = self.pre_projection(x)
@@ -140,7 +155,7 @@ class Assistant(nn.Module):
         return self._logits(x), self.post_projection(x)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Leave out what the configuration says is not used."""
+        """Drop the weights that the configuration says are not used."""
         unused = ["lm_head."] if self.args.tie_word_embeddings else []
         if not self.args.use_ordered_embeddings:
             # Some checkpoints have the sizes of a centroid head and no such head.
@@ -156,8 +171,9 @@ class Assistant(nn.Module):
             logits = self.masked_embedding(x, table)
         else:
             logits = table.as_linear(x)
-        # Changes no order, so Hugging Face, which takes the first token, has none. Here
-        # tokens are drawn, and a checkpoint that names a cap was trained with it.
+        # A cap keeps the order of the logits, so Hugging Face, which drafts greedily,
+        # leaves it out. Here drafts are sampled, and a checkpoint that names a cap was
+        # trained with it.
         if (cap := self.text_args.final_logit_softcapping) is not None:
             logits = logit_softcap(cap, logits)
         if self.args.suppress_tokens:
@@ -166,7 +182,7 @@ class Assistant(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Names the weights as they are stored."""
+    """The layers of an assistant, under the names that their weights have."""
 
     def __init__(self, layers: list[ModelArgs]):
         super().__init__()
@@ -177,11 +193,11 @@ class _Decoder(nn.Module):
 
 
 class CentroidHead(nn.Module):
-    """Scores the tokens of the best clusters, and no others.
+    """An output layer that scores the tokens of the best clusters, and no others.
 
     Args:
-        args (AssistantArgs): Says how many clusters there are, and how many are best.
-        text (ModelArgs): Sizes of the vocabulary and of the states.
+        args (AssistantArgs): The number of clusters, and how many of them are best.
+        text (ModelArgs): The sizes of the vocabulary and of the states.
     """
 
     def __init__(self, args: AssistantArgs, text: ModelArgs):
@@ -191,10 +207,14 @@ class CentroidHead(nn.Module):
         self.token_ordering = mx.zeros((text.vocab_size,), mx.int32)
 
     def __call__(self, x: mx.array, table: nn.Embedding) -> mx.array:
-        """Logits, minus infinity for any other token.
+        """Compute logits, which are minus infinity for tokens of other clusters.
 
-        Hugging Face puts a finite value there, which keeps the order but would leave
-        most of a sampled distribution to tokens that nobody scored.
+        Hugging Face gives those tokens a finite value. That keeps the order, but would
+        leave most of a sampled distribution to tokens that were not scored.
+
+        Args:
+            x (mx.array): Hidden states, ``[..., hidden_size]``.
+            table (nn.Embedding): The rows of the output layer, one for each token.
         """
         scores = self.centroids(x)
         best = mx.argpartition(scores, -self.num_best, axis=-1)[..., -self.num_best :]

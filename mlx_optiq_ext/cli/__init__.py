@@ -9,6 +9,7 @@ from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .extract_mtp import extract_mtp
+from .lab import lab
 from .status import status
 
 
@@ -22,4 +23,5 @@ main.add_command(bench)
 main.add_command(demo)
 main.add_command(doctor)
 main.add_command(extract_mtp)
+main.add_command(lab)
 main.add_command(status)

@@ -1,4 +1,4 @@
-"""The backend that MLX computes with here."""
+"""Names the backend and the device that MLX computes with on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that are shown to be pasted into a shell."""
+"""Writes commands that users can paste into a shell."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def command(*words: str | Path) -> str:
-    """A command line of these words, those with spaces and the like in quotes."""
+    """Join words to a command line, and quote them where a shell needs it."""
     return shlex.join(map(str, words))

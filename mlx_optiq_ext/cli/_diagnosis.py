@@ -1,4 +1,4 @@
-"""What `mlx-optiq-ext doctor` finds out about a model and its drafter."""
+"""Finds out for `mlx-optiq-ext doctor` whether a model and its drafter work."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ KINDS: dict[type, str] = {
     GemmaAssistantDrafter: "assistant",
     DraftModelDrafter: "draft model",
 }
-# Natural logarithms of probability. Between tokens that are closer than this, kernels
-# for one row and for several may decide differently; farther off something is wrong.
+# Kernels for one row and for several may choose different tokens if the logits are
+# closer than this. A larger difference is an error.
 NEAR_TIE = 0.7
-# Published heads and assistants reach 0.3 to 0.9. One that belongs to another model, or
-# whose norms are of the wrong convention, is right by chance only.
+# Published heads and assistants reach 0.3 to 0.9. A drafter of another model, or with
+# norms of the wrong convention, is right by chance only.
 MIN_ACCEPTANCE_RATE = 0.1
 # A smaller gain cannot be told from noise with one run of each prompt.
 MIN_SPEED_UP = 1.05
@@ -70,16 +70,20 @@ def diagnose(
     mtp: str | None,
     draft: str | None,
     num_draft_tokens: int,
-    track: Track,
+    track: Track | None,
 ) -> Report:
     """Examine a model and its drafter, and try them if nothing stands against it.
 
     Args:
-        source (str): The model, a folder or Hub id.
-        mtp (str, optional): Where the MTP head is, if not beside the model.
-        draft (str, optional): Another drafter.
-        num_draft_tokens (int): Draft tokens in a round.
-        track (Callable): Passes on the prompts while they are tried.
+        source (str): The folder or Hub id of the model.
+        mtp (str, optional): The place of the MTP head, if it is not beside the model.
+        draft (str, optional): The place of another drafter.
+        num_draft_tokens (int): The number of tokens to draft in a round.
+        track (Callable, optional): A function that passes on the prompts while they are
+          tried, and shows the progress. Without one nothing is tried.
+
+    Returns:
+        dict: What is found, and the verdict; it can be written as JSON.
     """
     names = ("model", "drafter", "memory", "test", "problem", "to_do")
     report: Report = dict.fromkeys(names)
@@ -88,7 +92,7 @@ def diagnose(
             warnings.simplefilter("ignore")
             patches.enable()
             _examine(report, source, mtp, draft, num_draft_tokens, track)
-    # A checkpoint can be broken in any way, and every one of them is to be reported.
+    # A checkpoint can be broken in any way, and all of them have to be reported.
     except Exception as error:
         is_ours = isinstance(error, SpeculationError)
         report["problem"] = (
@@ -103,7 +107,7 @@ def _examine(
     mtp: str | None,
     draft: str | None,
     num_draft_tokens: int,
-    track: Track,
+    track: Track | None,
 ) -> None:
     folder = find_folder(source)
     model, tokenizer, _ = load(source, lazy=True, return_config=True)
@@ -117,7 +121,8 @@ def _examine(
     report["drafter"] = _describe_drafter(drafter, model, mtp, draft)
     report["memory"] = _expect_memory(report, model, draft)
     speculation = {"draft": drafter, "num_draft_tokens": num_draft_tokens}
-    report["test"] = _try(model, tokenizer, speculation, track)
+    if track is not None:
+        report["test"] = _try(model, tokenizer, speculation, track)
 
 
 def _bind_head(model: nn.Module, mtp: str | None) -> Any:
@@ -126,7 +131,7 @@ def _bind_head(model: nn.Module, mtp: str | None) -> Any:
 
 
 def _how_to_get(model: nn.Module, folder: Path) -> str:
-    """What to do about a model that has no drafter, or one that is no good."""
+    """Say what to do about a model whose drafter is missing or unusable."""
     if not may_have_head(model):
         return NO_DRAFTER
     original = _original(folder) or "ORIGINAL"
@@ -146,7 +151,7 @@ def _is_head_there(folder: Path) -> bool:
 
 
 def _original(folder: Path) -> str | None:
-    """The model that this one was made from, if its card names it."""
+    """Read from the model's card which model it was made from, if it says so."""
     try:
         base_model = ModelCard.load(folder / "README.md").data.base_model
     except Exception:  # The model has no card, or one that is not understood.
@@ -261,8 +266,11 @@ def _describe(compared: _comparing.Comparison) -> Report:
 
 
 def _judge(report: Report) -> Report:
-    """Whether speculation will work, whether it pays here, and both in one line."""
+    """Decide whether speculation works and pays here, and say so in one line."""
     test = report["test"]
+    if test is None and report["problem"] is None:
+        verdict = "nothing stands against speculation, which was not tried"
+        return {"works": True, "pays": None, "verdict": verdict}
     if test is None:
         verdict = "speculation will not work"
         return {"works": False, "pays": None, "verdict": verdict}

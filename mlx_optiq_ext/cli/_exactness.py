@@ -1,10 +1,10 @@
-"""Whether the rows of a pass depend on how many are computed at once.
+"""Measures whether the rows of a pass depend on how many are computed at once.
 
 Speculation computes several rows where plain decoding computes one. Its greedy output
 is that of plain decoding, bit for bit, only if a row comes out the same both ways, and
-that depends on the kernels that the backend picks for this device. What mixes numbers
-in a model is measured apart: linear layers, attention, and the recurrence of Qwen3.5.
-Everything else is computed number by number, or row by row.
+that depends on the kernels that the backend picks for this device. Each operation that
+adds up many numbers is measured apart: linear layers, attention, and the recurrence of
+Qwen3.5. Everything else is computed number by number, or row by row.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from itertools import product
 import mlx.core as mx
 from mlx_lm.models.gated_delta import gated_delta_update
 
-MAX_ROWS = 9  # The last token and the most draft tokens.
+MAX_ROWS = 9  # A pass has the last token and at most 8 draft tokens.
 
-# (inputs, outputs). The CPU's BLAS splits small and large products differently, so both
-# are here: a projection, a gate with one output for each head, and a small model's
-# projection.
+# Each pair is (inputs, outputs). The CPU's BLAS splits small and large products in
+# different ways, so there are both: a projection, a gate with one output for each head,
+# and a small model's projection.
 LINEAR_SIZES = ((2048, 2048), (2048, 32), (256, 256))
-# Heads of queries, and of keys and values, by head size: those of Qwen3.5-9B, and of
-# the layers of Gemma-4 E4B that see everything.
+# By head size, the numbers of query heads and of key-value heads. The first are those
+# of Qwen3.5-9B, the second those of the full-attention layers of Gemma-4 E4B.
 ATTENTION_HEADS = {256: (16, 4), 512: (8, 2)}
-# Tokens in the cache. Kernels for long contexts split them in parts.
+# These are numbers of tokens in the cache. Kernels split long contexts into parts.
 CONTEXTS = (100, 1500)
-# Heads of keys, heads of values, and the size of both, of the linear layers of 9B.
+# The linear-attention layers of Qwen3.5-9B have 16 key heads and 32 value heads of this
+# size.
 RECURRENT_SIZES = (16, 32, 128)
 
-# Computes the first rows at once.
+# A function of this type computes the first rows at once, as many as it is told.
 Rows = Callable[[int], mx.array]
 Linear = Callable[[mx.array], mx.array]
 
 
 def measure_exact_rows() -> dict[str, int]:
-    """Up to how many rows each part of a model is exact on this device."""
+    """Measure up to how many rows each part of a model is exact on this device.
+
+    Returns:
+        dict[str, int]: The largest exact number of rows, from 1 to ``MAX_ROWS``, by the
+        name of the part.
+    """
     return {
         "linear layers, float32": _linear(dense_linear, mx.float32),
         "linear layers, bfloat16": _linear(dense_linear, mx.bfloat16),
@@ -48,11 +54,12 @@ def measure_exact_rows() -> dict[str, int]:
 
 
 def num_exact_rows(alone: Sequence[mx.array], rows: Rows) -> int:
-    """The largest number of rows that all come out as each of them does alone.
+    """Find the largest number of rows that have the same bits together as alone.
 
     Args:
-        alone (Sequence): Each row by itself, with one row on axis 1.
-        rows (Callable): Computes as many of the first of them at once as it is told.
+        alone (Sequence[mx.array]): Each row computed by itself, ``[batch, 1, ...]``.
+        rows (Callable): A function that computes the first rows at once, as many as it
+          is told.
     """
     expected = _bits(mx.concatenate(alone, axis=1))
     for num_rows in range(2, len(alone) + 1):
@@ -108,7 +115,7 @@ def _attend(
     start: int,
     stop: int,
 ) -> mx.array:
-    """Compute some rows as a pass does whose cache has all rows before them.
+    """Attend with some rows, as in a pass whose cache has all rows before them.
 
     Returns:
         mx.array: ``[1, num_rows, heads, head_size]``.
@@ -118,7 +125,7 @@ def _attend(
         keys[:, :, : context + stop],
         values[:, :, : context + stop],
         scale=queries.shape[-1] ** -0.5,
-        # Without a mask for one row, as mlx-lm does.
+        # mlx-lm passes no mask for one row.
         mask="causal" if stop - start > 1 else None,
     )
     return rows.swapaxes(1, 2)
@@ -148,12 +155,12 @@ def _recurrence() -> int:
 
 
 def _unit(x: mx.array) -> mx.array:
-    """Vectors of length 1, as the model makes of queries and keys."""
+    """Scale vectors to length 1, as the model does with queries and keys."""
     return x / mx.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _normal(dtype: mx.Dtype) -> Callable[..., mx.array]:
-    """A source of random arrays that always gives the same ones."""
+    """Make a source of random arrays that gives the same ones every time."""
     keys = iter(mx.random.split(mx.random.key(0), 8))
 
     def normal(shape: tuple[int, ...], scale: float = 1.0) -> mx.array:

@@ -1,4 +1,4 @@
-"""The machine, backend and versions that a measurement was made with."""
+"""Describes the machine, backend and versions that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAPS = Path("/proc/self/maps")
 
 
 def describe_machine() -> dict[str, str]:
-    """Machine, backend, versions, and the BLAS where that is what multiplies."""
+    """Describe the machine, the backend, the versions and, on a CPU, the BLAS."""
     description = {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": f"{backend_name()} ({device_name()})",
@@ -33,13 +33,13 @@ def _versions() -> str:
 
 
 def blas_name() -> str:
-    """The BLAS library of this process, as far as the system tells."""
+    """Name the BLAS library of this process, as far as the system tells."""
     if platform.system() == "Darwin":
         return "Accelerate"
     names = loaded_libraries(MAPS.read_text()) if MAPS.exists() else []
-    # NumPy has a copy under names of its own, of which mlx knows nothing.
+    # NumPy brings a copy of its own, named "scipy", which mlx does not use.
     found = [n for n in names if re.search("blas|mkl|blis", n) and "scipy" not in n]
-    # What was loaded by force comes before what mlx brings along.
+    # A preloaded library takes precedence over the one that mlx brings along.
     forced = os.getenv("LD_PRELOAD", "").replace(":", " ").split()
     preloaded = {Path(path).resolve().name for path in forced}
     found.sort(key=lambda name: name not in preloaded)
@@ -47,6 +47,10 @@ def blas_name() -> str:
 
 
 def loaded_libraries(maps: str) -> list[str]:
-    """Names of the files that a process has mapped, each once, from its maps."""
+    """List the names of the files that a process has mapped, each once.
+
+    Args:
+        maps (str): The text of ``/proc/PID/maps``.
+    """
     paths = (line.split(maxsplit=5)[5:] for line in maps.splitlines())
     return list(dict.fromkeys(Path(path[0]).name for path in paths if path))

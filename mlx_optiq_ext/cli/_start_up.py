@@ -1,4 +1,4 @@
-"""Whether a fresh interpreter runs the start-up file, and why it does not."""
+"""Finds out whether a fresh interpreter runs the start-up file, and if not, why."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class StartUp:
-    """What a fresh interpreter does with the start-up file.
+    """The way in which a fresh interpreter treats the start-up file.
 
     Attributes:
-        active: Whether it runs the start-up file.
-        reason: Why it does not.
-        cure: What to do about it.
+        active: Whether the interpreter runs the start-up file.
+        reason: The reason why it does not, None if it does.
+        cure: What the user can do about it, None if nothing is wrong.
     """
 
     active: bool
@@ -53,13 +53,13 @@ class StartUp:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What can be seen of a fresh interpreter.
+    """The facts about a fresh interpreter that explain what it does.
 
     Attributes:
-        folders: Where it reads start-up files.
+        folders: The folders in which it reads start-up files.
         package_folder: The folder that this package was imported from.
         options: The options of this interpreter, which the fresh one was given.
-        errors: What it wrote to its standard error.
+        errors: The text that the fresh one wrote to its standard error.
         hidden: The start-up files that have the macOS flag for hidden files.
     """
 
@@ -128,5 +128,5 @@ def _explain_folder(observation: Observation) -> StartUp:
 
 
 def is_hidden(status: object) -> bool:
-    """Whether a file's `os.stat` result has the macOS flag that hides it."""
+    """Tell whether a file's `os.stat` result has the macOS flag that hides it."""
     return bool(getattr(status, "st_flags", 0) & stat.UF_HIDDEN)

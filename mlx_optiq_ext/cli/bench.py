@@ -14,8 +14,10 @@ import click
 
 MAX_DEPTH = 4
 NUM_CONTEXT_TOKENS = 200
-SECONDS = 25.0  # for the prompts; loading and the cost of rows come on top
-NUM_TOKENS = (16, 128)  # the fewest and the most of an answer
+# All prompts together may take so long; loading and the cost of rows come on top.
+SECONDS = 25.0
+# An answer has at least and at most so many tokens.
+NUM_TOKENS = (16, 128)
 
 Report = dict[str, Any]
 
@@ -59,7 +61,15 @@ def bench(
 def measure(
     path: str, drafter: dict[str, Any], depths: Sequence[int], num_tokens: int | None
 ) -> Report:
-    """Compare plain decoding with each depth on the built-in prompts."""
+    """Compare plain decoding with each depth on the built-in prompts.
+
+    Args:
+        path (str): The folder or Hub id of the model.
+        drafter (dict): The argument of ``stream_generate`` that names the drafter.
+        depths (Sequence[int]): The numbers of draft tokens in a round.
+        num_tokens (int, optional): The most tokens of each answer. Default: what half
+          a minute allows.
+    """
     from mlx_lm import load
 
     from .. import patches
@@ -76,9 +86,12 @@ def measure(
     if num_tokens is None:
         tps = decode(model, tokenizer, first, NUM_TOKENS[0], {}).tps
         num_tokens = affordable_tokens(tps, len(prompts) * (1 + len(variants)))
-    comparisons = {}
+    comparisons: dict[str, Any] = {}
     with click.progressbar(prompts.items(), label="Decoding", file=sys.stderr) as items:
         for name, prompt in items:
+            # Where it is no terminal, each label is a line.
+            items.label = f"Decoding {name} ({len(comparisons) + 1} of {len(prompts)})"
+            items.render_progress()
             comparisons[name] = compare(
                 model, tokenizer, prompt, variants, max_tokens=num_tokens
             )
@@ -98,15 +111,24 @@ def measure(
 
 
 def affordable_tokens(tps: float, num_answers: int) -> int:
-    """How long answers may be for all of them to take about half a minute."""
+    """Compute how long answers may be for all of them to take about half a minute.
+
+    Args:
+        tps (float): The speed of plain decoding, in tokens per second.
+        num_answers (int): How many answers there are.
+    """
     fewest, most = NUM_TOKENS
     return max(fewest, min(most, int(SECONDS * tps / num_answers)))
 
 
 def summarize(comparisons: dict[str, Any]) -> Report:
-    """One depth over all prompts, each weighted by its number of tokens."""
+    """Summarise one depth over all prompts, weighted by their numbers of tokens.
+
+    Args:
+        comparisons (dict): The comparison of each prompt, by its name.
+    """
     plain_seconds = sum(c.num_tokens / c.plain_tps for c in comparisons.values())
-    # A text that differs may have another length, so both are taken to have plain's.
+    # A text that differs may have another length, so both times are for plain's length.
     own_seconds = sum(c.num_tokens / c.speculative_tps for c in comparisons.values())
     stats = [c.stats for c in comparisons.values()]
     num_drafted = sum(s.num_drafted for s in stats)
@@ -128,7 +150,7 @@ def summarize(comparisons: dict[str, Any]) -> Report:
 def _verify_cost(
     model: Any, prompts: dict[str, list[int]], max_rows: int
 ) -> dict[int, float]:
-    """The cost of each number of rows over that of one, behind some of the prompts."""
+    """Measure the cost of each number of rows, relative to one, after a context."""
     import mlx.core as mx
 
     from .._costs import filled_cache, measure_verify_seconds
@@ -140,7 +162,7 @@ def _verify_cost(
 
 
 def render(report: Report) -> str:
-    """Lay a report out for people."""
+    """Lay a report out as text for people."""
     lines = [f"{name + ':':<12}{text}" for name, text in report["machine"].items()]
     cost = report["verify_cost"].items()
     lines += [

@@ -27,9 +27,15 @@ Report = dict[str, Any]
 @click.option(
     "--num-draft-tokens", type=click.IntRange(1, 8), default=1, show_default=True
 )
+@click.option("--no-test", is_flag=True, help="Read the files only, decode nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(
-    model: str, mtp: str | None, draft: str | None, num_draft_tokens: int, as_json: bool
+    model: str,
+    mtp: str | None,
+    draft: str | None,
+    num_draft_tokens: int,
+    no_test: bool,
+    as_json: bool,
 ) -> None:
     """Say whether speculation will work with MODEL, and whether it pays here.
 
@@ -39,7 +45,8 @@ def doctor(
         raise click.UsageError("--mtp and --draft exclude each other.")
     from ._diagnosis import diagnose
 
-    report = diagnose(model, mtp, draft, num_draft_tokens, _track)
+    track = None if no_test else _track
+    report = diagnose(model, mtp, draft, num_draft_tokens, track)
     click.echo(json.dumps(report, indent=2) if as_json else render(report))
     if not report["works"]:
         sys.exit(1)

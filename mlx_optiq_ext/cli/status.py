@@ -138,5 +138,5 @@ def _render_exactness(backend: Report) -> list[tuple[str, str]]:
 
 
 def _labelled(label: str, texts: list[str]) -> list[tuple[str, str]]:
-    """One line for each text, the first with the label."""
+    """Make a line of each text, and put the label before the first."""
     return [(label if i == 0 else "", text) for i, text in enumerate(texts)]

@@ -20,34 +20,56 @@ Sampler = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class DraftToken:
-    """A proposed token, shape ``[1]``, and what it was drawn from, ``[1, vocab]``."""
+    """A draft token and the distribution that it was drawn from.
+
+    Args:
+        token (mx.array): The token, of shape ``[1]``.
+        probs (mx.array, optional): The drafter's probabilities, ``[1, vocab_size]``.
+          None if the rule does not need them.
+    """
 
     token: mx.array
     probs: mx.array | None = None
 
 
 class AcceptanceRule(Protocol):
-    """How tokens are drawn, with or without a draft.
+    """A rule that proposes draft tokens and decides whether to accept them.
 
-    ``is_stepwise`` rules may be asked about a row only once every earlier draft token
-    is known to be accepted, because asking has side effects.
+    Attributes:
+        is_stepwise (bool): Whether ``judge`` has side effects. If so, a row may be
+          judged only once every earlier draft token is known to be accepted.
     """
 
     is_stepwise: bool
 
     def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
-        """A draft for the token that ``index`` tokens were generated before."""
+        """Choose a draft token.
+
+        Args:
+            logits (mx.array): The drafter's logits, ``[1, vocab_size]``.
+            index (int): How many tokens are generated before this one.
+        """
         ...
 
     def judge(
         self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
     ) -> tuple[mx.array, mx.array]:
-        """The token of a row, shape ``[1]``, and whether it is the draft token."""
+        """Decide on a token after the target has seen its row.
+
+        Args:
+            logprobs (mx.array): The target's log probabilities, ``[1, vocab_size]``.
+            draft (DraftToken, optional): The draft token for this row, if there is one.
+            index (int): How many tokens are generated before this one.
+
+        Returns:
+            tuple[mx.array, mx.array]: The token to emit, and whether it is the accepted
+            draft token, both of shape ``[1]``.
+        """
         ...
 
 
 class Greedy:
-    """Keep a draft token if it is the target's most probable one."""
+    """Accept a draft token if it is the target's most probable token."""
 
     is_stepwise = False
 
@@ -61,7 +83,7 @@ class Greedy:
 
 
 class ExactMatch:
-    """Keep a draft token if a sampler of unknown making draws it too.
+    """Accept a draft token if a sampler of unknown making draws the same token.
 
     The sampler is called as plain decoding calls it, once for each emitted token and in
     order, so that its own state advances in the same way.
@@ -82,12 +104,14 @@ class ExactMatch:
 
 
 class SpeculativeSampling:
-    """Rejection sampling after Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
+    """Accept draft tokens by rejection sampling, which keeps the target's distribution.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
 
     Args:
-        filters (list[Callable]): mlx-lm's own filters, applied in order to log
-            probabilities of shape ``[1, vocab]``.
-        temperature (float): Applied after the filters.
+        filters (list[Callable]): The filters that mlx-lm's sampler applies in order to
+          log probabilities of shape ``[1, vocab_size]``.
+        temperature (float): The temperature, which is applied after the filters.
     """
 
     is_stepwise = False
@@ -123,10 +147,10 @@ class SpeculativeSampling:
 
 
 class SharedNoise(SpeculativeSampling):
-    """Draw drafts and the target's tokens with the same noise, and keep equal ones.
+    """Draw drafts and the target's tokens with the same noise, and accept equal ones.
 
     The noise of a token depends on nothing but a seed and the number of tokens before
-    it. So does the text, then: whatever is drafted, and how often, it is the same.
+    it. Therefore the text is the same whatever is drafted, and however many tokens.
 
     Source: Daliri et al. 2024 (arXiv 2408.07978), drafter-invariant speculation; the
     maximum of log probabilities with Gumbel noise has their distribution.
@@ -157,12 +181,20 @@ class SharedNoise(SpeculativeSampling):
 
 
 def unguarded(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The sampler or processor in a guard that a server put around it, if any."""
+    """Take a sampler or processor out of the guard that a server put around it, if any.
+
+    Args:
+        function (Callable): A sampler or a logits processor.
+    """
     return getattr(function, "guarded", function)
 
 
 def normalized(logits: mx.array) -> mx.array:
-    """Log probabilities of logits, as mlx-lm computes them."""
+    """Compute log probabilities in the way of mlx-lm.
+
+    Args:
+        logits (mx.array): Logits, ``[..., vocab_size]``.
+    """
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -177,14 +209,15 @@ def _match(token: mx.array, draft: DraftToken | None) -> tuple[mx.array, mx.arra
 def rule_for(
     sampler: Sampler | None, is_timed: bool = False, seed: int | None = None
 ) -> AcceptanceRule:
-    """The rule with the highest acceptance that is exact for a sampler.
+    """Choose the rule with the highest acceptance that is exact for a sampler.
 
     Args:
-        sampler (Sampler, optional): As in mlx-lm's ``generate_step``.
+        sampler (Sampler, optional): The sampler that mlx-lm's ``generate_step`` takes.
+          None means greedy decoding.
         is_timed (bool): Whether the number of drafts depends on the time that they
-          take. Then the random numbers used for a token must not depend on it.
-        seed (int, optional): Where these come from, if it is timed. Default: the global
-          generator.
+          take. If so, the random numbers of a token must not depend on that number.
+        seed (int, optional): The seed of those random numbers. Default: one from the
+          global generator.
     """
     if sampler is None or sampler is sample_utils.greedy_sampler:
         return Greedy()
@@ -197,12 +230,16 @@ def rule_for(
 
 
 def _draws(apply_filter: Sampler) -> bool:
-    """Whether a filter of mlx-lm's draws random numbers of its own."""
+    """Tell whether one of mlx-lm's filters draws random numbers itself."""
     return "xtc_probability" in inspect.getclosurevars(apply_filter).nonlocals
 
 
 def _make_sampler_settings(sampler: Sampler) -> tuple[list[Sampler], float] | None:
-    """Filters and temperature of a sampler that mlx-lm's ``make_sampler`` made."""
+    """Read the filters and the temperature of a sampler that ``make_sampler`` made.
+
+    mlx-lm does not expose them, so they are read from the variables that the sampler
+    closes over. The result is None for a sampler of another making.
+    """
     is_known = (
         inspect.isfunction(sampler)
         and sampler.__module__ == sample_utils.__name__
@@ -217,9 +254,13 @@ def _make_sampler_settings(sampler: Sampler) -> tuple[list[Sampler], float] | No
 
 
 def is_pure(processor: Callable[[mx.array, mx.array], mx.array]) -> bool:
-    """Whether a logits processor may be asked about tokens that are then rejected.
+    """Tell whether a logits processor may be called on tokens that are then rejected.
 
-    mlx-lm's own depend on nothing but their arguments. Any other may keep state.
+    The processors of mlx-lm depend on nothing but their arguments. Any other may keep
+    state.
+
+    Args:
+        processor (Callable): A logits processor, in a server's guard or not.
     """
     module = getattr(unguarded(processor), "__module__", None)
     return module == sample_utils.__name__

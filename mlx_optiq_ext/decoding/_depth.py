@@ -3,8 +3,8 @@
 Rounds of depth d commit E(d) = 1 + a1 + a1 a2 + ... + a1...ad tokens on average, where
 ai is the probability that a draft token is accepted if all before it are, and take
 C(d) seconds. The automatic depth maximises E(d) / C(d) over d = 0 to 8, all of it
-measured while it runs. At depth 0 it is *parked*: nothing is drafted, and decoding is
-as fast as without speculation.
+measured while decoding runs. At depth 0 speculation is *parked*: nothing is drafted,
+and decoding is as fast as without speculation.
 """
 
 from __future__ import annotations
@@ -21,23 +21,33 @@ from .._options import MAX_DRAFT_TOKENS, NumDraftTokens
 from .._record import record_of
 from ..drafters import Drafter
 
-NUM_TIMES = 5  # latest rounds of a depth whose times count
-MIN_TIMES = 2  # of them, before the depth is known
-MAX_AGE = 32  # rounds, after which all times of a depth but one are forgotten
-CONFIRMED = 4  # times more rounds to the next test of a belief that was right
-SURPRISE = 2.0  # times more or less than what was believed of a depth
-MIN_GAIN = 0.02  # in speed, for a deeper round to be preferred
-PRIOR_RATE, PRIOR_WEIGHT = 0.7, 2.0  # what is assumed of the first position, as if seen
-MEMORY = 0.97  # of a position's rate, assumed or seen, from one draft token to the next
-PROBE_SHARE = 0.005  # of the time, that trying other depths may lose
-PROBE_INTERVAL = 8  # rounds between two probes, however little they cost
+# The times of this many latest rounds of a depth count.
+NUM_TIMES = 5
+# A depth is known once so many of its rounds have been timed.
+MIN_TIMES = 2
+# All times of a depth but the last are forgotten after this many rounds without it.
+MAX_AGE = 32
+# A belief that a test confirms is tested again after this many times more rounds.
+CONFIRMED = 4
+# A round is a surprise if it takes this many times more or less than was believed.
+SURPRISE = 2.0
+# A deeper round is preferred only if it gains this share of the speed.
+MIN_GAIN = 0.02
+# The first position is assumed to have been accepted at this rate in so many rounds.
+PRIOR_RATE, PRIOR_WEIGHT = 0.7, 2.0
+# The weight of what is known of a position shrinks by this factor with every new round.
+MEMORY = 0.97
+# Trying other depths may lose this share of the time.
+PROBE_SHARE = 0.005
+# Two probes are at least this many rounds apart, however little they cost.
+PROBE_INTERVAL = 8
 
 
 class Depth(Protocol):
     """Decides how many tokens to draft."""
 
     def choose(self) -> int:
-        """The depth of the next round."""
+        """Return the depth of the next round, which is its number of draft tokens."""
         ...
 
     def meet(self, times: RoundTimes) -> None:
@@ -47,13 +57,15 @@ class Depth(Protocol):
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
-        """See what a round of a depth did.
+        """Learn from a round that is over.
 
         Args:
-            depth (int): Tokens drafted for each sequence.
-            accepted (Sequence[int]): How many of these were, of each sequence.
-            seconds (float): How long it took.
-            is_typical (bool): Whether it did nothing else, like others of its depth.
+            depth (int): The number of tokens that the round drafted for each sequence.
+            accepted (Sequence[int]): The number of draft tokens that were accepted, for
+              each sequence.
+            seconds (float): The seconds that the round took.
+            is_typical (bool): Whether the round did nothing but draft and verify, so
+              that its time is that of its depth.
         """
         ...
 
@@ -77,14 +89,16 @@ class FixedDepth:
 
 
 class RoundTimes:
-    """How long rounds take, by depth. It outlives a generation.
+    """The seconds that rounds take, by depth, which are kept between generations.
 
-    The first round of a depth is left out: it may have had to compile kernels. Of the
-    others the lower quartile counts, as what disturbs a round makes it longer.
+    The first round of a depth is left out because it may have had to compile kernels.
+    The lower quartile of the others counts because disturbances only make a round
+    longer.
 
-    Invariant: what is believed of a depth that is not used is put to the test again
-    after ``MAX_AGE`` rounds, however bad the depth seems. They become more with every
-    test that confirms the belief, and are so few again after a surprise.
+    Invariant: the time that is believed of an unused depth is tested again after
+    ``MAX_AGE`` rounds, however bad the depth seems. The number of rounds to the next
+    test grows with every test that confirms the belief, and falls back after a
+    surprise.
     """
 
     def __init__(self) -> None:
@@ -96,12 +110,12 @@ class RoundTimes:
         self._patience = [MAX_AGE] * (MAX_DRAFT_TOKENS + 1)
 
     def add(self, depth: int, seconds: float | None) -> None:
-        """See a round of a depth.
+        """Add the time of a round.
 
         Args:
-            depth (int): Tokens drafted.
-            seconds (float, optional): How long the round took; None if it did something
-                else as well.
+            depth (int): The number of tokens that the round drafted.
+            seconds (float, optional): The seconds that the round took. None if it did
+              something else as well.
         """
         self._num_rounds += 1
         last, self._last_round[depth] = self._last_round[depth], self._num_rounds
@@ -116,17 +130,20 @@ class RoundTimes:
         if age > MAX_AGE and times:
             self._times[depth] = times = deque([times[-1]], NUM_TIMES)
         if seconds < believed / SURPRISE:
-            # Nothing makes a round faster than it is, so the belief was wrong.
+            # No disturbance makes a round faster, so the belief was wrong.
             self._times[depth] = times = deque([seconds] * (MIN_TIMES - 1), NUM_TIMES)
         times.append(seconds)
 
     def is_due(self, depth: int) -> bool:
-        """Whether what is believed of a depth has to be put to the test."""
+        """Tell whether the time that is believed of a depth has to be tested."""
         last = self._last_round[depth]
         return last is not None and self._num_rounds - last >= self._patience[depth]
 
     def seconds(self) -> list[float]:
-        """Of depth 0, 1 and so on, the last one extrapolated; empty if none known."""
+        """Return the seconds of a round by depth, from 0 to one past the known depths.
+
+        The last of them is extrapolated. The list is empty if depth 0 is not known.
+        """
         known = list(itertools.takewhile(lambda x: len(x) >= MIN_TIMES, self._times))
         quartiles = [(_quartile(times), len(times)) for times in known]
         smooth = _ascending(_plausible(quartiles))
@@ -141,7 +158,7 @@ def _quartile(times: Collection[float]) -> float:
 
 
 def _plausible(values: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Weighted numbers; one that is far above a later one is brought down to it."""
+    """Lower every weighted number that is far above a later one to that one."""
     limit, found = math.inf, []
     for value, weight in reversed(values):
         found.append((limit if value > SURPRISE * limit else value, weight))
@@ -150,8 +167,12 @@ def _plausible(values: list[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def _ascending(values: list[tuple[float, int]]) -> list[float]:
-    """The ascending numbers closest to weighted ones: a deeper round takes longer."""
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, how many numbers
+    """Fit ascending numbers to weighted ones, because a deeper round takes longer.
+
+    Math: isotonic regression with the algorithm "pool adjacent violators".
+    """
+    # A block has its mean, its weight, and how many numbers are in it.
+    blocks: list[tuple[float, float, int]] = []
     for value, weight in values:
         block = (value, float(weight), 1)
         while blocks and blocks[-1][0] > block[0]:
@@ -164,7 +185,7 @@ def _ascending(values: list[tuple[float, int]]) -> list[float]:
 
 
 class AcceptanceRates:
-    """How probably each position of a draft is accepted; newer rounds count more."""
+    """The acceptance rate of each position of a draft; newer rounds count more."""
 
     def __init__(self) -> None:
         self._tried = [0.0] * MAX_DRAFT_TOKENS
@@ -172,7 +193,7 @@ class AcceptanceRates:
         self._prior_weights = [PRIOR_WEIGHT] * MAX_DRAFT_TOKENS
 
     def add(self, num_drafted: int, num_accepted: int) -> None:
-        # What follows the first rejected token was not put to the test.
+        # The tokens after the first rejected one were neither accepted nor rejected.
         for position in range(min(num_accepted + 1, num_drafted)):
             is_accepted = position < num_accepted
             self._tried[position] = MEMORY * self._tried[position] + 1
@@ -180,9 +201,9 @@ class AcceptanceRates:
             self._prior_weights[position] *= MEMORY
 
     def num_tokens(self, depth: int) -> float:
-        """Tokens that a round of a depth is expected to commit."""
+        """Estimate the number of tokens that a round of a depth commits."""
         total = product = 1.0
-        # Where little is known a position is taken to be like the one before it.
+        # A position of which little is known is assumed to be like the one before it.
         rate = PRIOR_RATE
         known = zip(
             self._tried, self._accepted, self._prior_weights[:depth], strict=False
@@ -201,7 +222,8 @@ class AutoDepth:
     more than a small share of the time.
 
     Args:
-        times (RoundTimes): Of earlier generations with the same model.
+        times (RoundTimes): The times of earlier generations with the same model and
+          drafter, to which new ones are added.
     """
 
     def __init__(self, times: RoundTimes):
@@ -236,7 +258,7 @@ class AutoDepth:
             self._rates.add(depth, num_accepted)
         self._times.add(depth, seconds if is_typical else None)
         if speeds := self._speeds():
-            # An interruption is not the fault of the depth.
+            # A longer round was interrupted, which is not the fault of the depth.
             seconds = min(seconds, (2 + depth) / speeds[0])
             self._elapsed += seconds
             if depth != (best := _best(speeds)) or not is_typical:
@@ -245,19 +267,27 @@ class AutoDepth:
                 self._lost = max(self._lost + loss, 0.0)
 
     def _speeds(self) -> list[float]:
-        """Tokens in a second, by depth."""
+        """Estimate the tokens per second of each depth."""
         return [
             self._rates.num_tokens(depth) / seconds
             for depth, seconds in enumerate(self._times.seconds())
         ]
 
     def _plan_probe(self, best: int, speeds: list[float]) -> list[int]:
-        """Rounds of the neighbour least recently used, if they cost little enough."""
+        """Plan rounds of the neighbour least recently used, if they cost little enough.
+
+        Args:
+            best (int): The depth that seems the fastest.
+            speeds (list[float]): Tokens per second, by depth.
+
+        Returns:
+            list[int]: The depths of the next rounds, empty if none is to be tried.
+        """
         neighbours = [d for d in (best - 1, best + 1) if 0 <= d < len(speeds)]
         depth = min(neighbours, key=self._last_used.__getitem__)
         if self._num_rounds - self._last_used[depth] < PROBE_INTERVAL:
             return []
-        # The time of a parked round is only known between two others.
+        # A parked round is typical only between two other parked rounds.
         probe = [depth] * (3 if depth == 0 else 1)
         if self._times.is_due(depth):
             return probe
@@ -268,7 +298,7 @@ class AutoDepth:
 
 
 def _best(speeds: list[float]) -> int:
-    """The first depth that is about as fast as the fastest."""
+    """Find the smallest depth that is about as fast as the fastest."""
     enough = max(speeds) / (1 + MIN_GAIN)
     return next(depth for depth, speed in enumerate(speeds) if speed >= enough)
 
@@ -276,9 +306,14 @@ def _best(speeds: list[float]) -> int:
 def make_depth(
     num_draft_tokens: NumDraftTokens, model: nn.Module, drafter: Drafter
 ) -> Depth:
-    """How deep to draft for a model, which remembers what rounds took with a drafter.
+    """Make the depth that a generation asks for.
 
-    Drafters are told apart by their kind.
+    The times of rounds are kept with the model, for each kind of drafter apart.
+
+    Args:
+        num_draft_tokens (int or str): A number of tokens from 1 to 8, or ``"auto"``.
+        model (nn.Module): The target.
+        drafter (Drafter): What drafts for the target.
     """
     if num_draft_tokens != "auto":
         return FixedDepth(num_draft_tokens)

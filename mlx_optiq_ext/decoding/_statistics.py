@@ -1,29 +1,40 @@
-"""What speculation did, as counts; every rate is derived."""
+"""Counts what speculation does; every rate is derived from the counts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
+
+PER_POSITION = (
+    "num_calls_per_depth",
+    "num_drafted_per_position",
+    "num_accepted_per_position",
+)
 
 
 @dataclass
 class SpeculationStats:
-    """Counts of one generation.
+    """The counts of one generation.
 
     A round is one verify pass over at least one draft token. Position 0 is the first
     draft token of a round.
 
     Args:
-        num_tokens (int): Tokens emitted.
-        num_target_calls (int): Forward passes of the target that emitted tokens.
-        num_rounds (int): Rounds.
-        num_calls_per_depth (list[int]): Forward passes by the number of draft tokens in
-          them: none, one and so on.
-        num_drafted_per_position (list[int]): Draft tokens verified, by position.
-        num_accepted_per_position (list[int]): Draft tokens emitted, by position.
+        num_tokens (int): The number of tokens emitted.
+        num_target_calls (int): The number of forward passes of the target that emitted
+          tokens.
+        num_rounds (int): The number of rounds.
+        num_calls_per_depth (list[int]): The number of forward passes, by how many draft
+          tokens they verified, from none on.
+        num_drafted_per_position (list[int]): The number of draft tokens verified, by
+          position.
+        num_accepted_per_position (list[int]): The number of draft tokens emitted, by
+          position.
         records_sources (bool): Whether ``token_sources`` is kept.
-        token_sources (list[str | None]): What proposed each token that was emitted,
-          such as ``"mtp"``; None for one of the target's own. A token is added before
-          whoever consumes it can see it.
+        token_sources (list[str | None]): The name of what proposed each emitted token,
+          such as ``"mtp"``, or None for a token of the target's own. An item is added
+          before the consumer receives the token.
     """
 
     num_tokens: int = 0
@@ -52,15 +63,30 @@ class SpeculationStats:
         """Count a token that is about to be emitted.
 
         Args:
-            accepted_position (int, optional): Its position among the draft tokens of
-              the round; None for a token of the target's own.
-            source (str): What proposes draft tokens.
+            accepted_position (int, optional): The token's position among the draft
+              tokens of the round. None if it is the target's own.
+            source (str): The name of what proposes draft tokens.
         """
         self.num_tokens += 1
         if self.records_sources:
             self.token_sources.append(None if accepted_position is None else source)
         if accepted_position is not None:
             self.num_accepted_per_position[accepted_position] += 1
+
+    @classmethod
+    def total(cls, parts: Iterable[SpeculationStats]) -> SpeculationStats:
+        """The counts of several generations together."""
+        found = cls()
+        for part in parts:
+            found.num_tokens += part.num_tokens
+            found.num_target_calls += part.num_target_calls
+            found.num_rounds += part.num_rounds
+            for name in PER_POSITION:
+                pairs = zip_longest(
+                    getattr(found, name), getattr(part, name), fillvalue=0
+                )
+                setattr(found, name, [one + other for one, other in pairs])
+        return found
 
     @property
     def num_drafted(self) -> int:
@@ -72,12 +98,12 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted draft tokens over draft tokens verified."""
+        """The number of draft tokens accepted, divided by the number verified."""
         return self.num_accepted / max(self.num_drafted, 1)
 
     @property
     def acceptance_rate_per_position(self) -> list[float]:
-        """Accepted over verified, for each position of the draft."""
+        """The acceptance rate of each position of the draft."""
         pairs = zip(
             self.num_accepted_per_position, self.num_drafted_per_position, strict=True
         )
@@ -85,7 +111,7 @@ class SpeculationStats:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens per round, the recovered or bonus token included."""
+        """The mean number of tokens per round, with the recovered or bonus token."""
         return 1 + self.num_accepted / max(self.num_rounds, 1)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How long rounds take, and whether that is their own doing."""
+"""Times rounds, and tells which of them were delayed by something else."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-NUM_PAUSES = 16  # latest times outside of the loop, of which the usual one is known
-USUAL_RANK = 3  # among them, ascending: a burst of longer ones does not reach it
-MAX_SHARE = 0.1  # of a round, that may be spent outside whatever is usual
+# The usual pause between two rounds is found among this many latest ones.
+NUM_PAUSES = 16
+# The pause of this rank, in ascending order, is the usual one. The rank is low, so that
+# a burst of longer pauses does not reach it.
+USUAL_RANK = 3
+# A pause of at most this share of a round does not matter, however unusual it is.
+MAX_SHARE = 0.1
 
 
 class RoundTimer:
     """Measures the time from one round to the next.
 
-    Between two rounds whoever consumes the tokens does something with them, most of it
-    while the device works on. Much longer than usual means that it did something else:
+    Between two rounds the consumer of the tokens handles them, mostly while the device
+    works on. A pause that is much longer than usual means that something else happened:
     the prompt of another sequence was processed, or nobody asked for more tokens. The
-    time of such a round is not that of its kind.
+    time of such a round says nothing about its depth.
 
     Args:
-        clock (Callable): Tells seconds.
+        clock (Callable): Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -30,11 +34,11 @@ class RoundTimer:
         self._pauses: deque[float] = deque(maxlen=NUM_PAUSES)
 
     def lap(self) -> tuple[float | None, bool]:
-        """A round is over.
+        """Take the time at the end of a round.
 
         Returns:
-            tuple[float | None, bool]: Seconds since the round before, None if there was
-            none, and whether nothing else took any of them.
+            tuple[float | None, bool]: The seconds since the end of the round before,
+            None if there was none; and whether nothing else took up that time.
         """
         now, before = self._clock(), self._last_lap
         self._last_lap = now
@@ -47,11 +51,11 @@ class RoundTimer:
         return seconds, pause <= max(2 * usual, MAX_SHARE * seconds)
 
     def pause(self) -> None:
-        """The tokens of a round are handed out."""
+        """Take the time at which the tokens of a round are handed out."""
         self._paused_at = self._clock()
 
     def resume(self) -> None:
-        """The next round is asked for."""
+        """Take the time at which the next token is asked for."""
         self._pause += self._clock() - self._paused_at
 
     def _usual_pause(self) -> float:

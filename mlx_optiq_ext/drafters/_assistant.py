@@ -1,7 +1,7 @@
 """Drafting with the assistant of a Gemma-4 model.
 
-The assistant has no cache: it attends to keys and values of the target. What of them
-was computed for rejected tokens is gone before it is asked.
+The assistant has no cache: it attends to keys and values of the target. Those of
+rejected tokens are rolled back before it drafts again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..mixins import SharedKVMixin, attach_shared_kv
 from ._batched import BatchDraftSession
 from ._protocol import Proposal
 
-# Where the query of every draft step is, counted from the position of the last token,
-# whose keys and values the target has yet to compute. Hugging Face and Google: 0; vLLM,
-# SGLang and mlx-vlm: -1, the last position that has keys and values.
+# The query of every draft step has this position, counted from the last token's, whose
+# keys and values the target has yet to compute. Hugging Face and Google use 0; vLLM,
+# SGLang and mlx-vlm use -1, the last position that has keys and values.
 QUERY_OFFSET = 0
 
 
@@ -31,10 +31,14 @@ class GemmaAssistantDrafter:
 
     Args:
         assistant (Assistant): The loaded assistant.
-        name (str): What errors call it.
-        query_offset (int): ``0`` or ``-1``, see ``QUERY_OFFSET``.
+        name (str): The name of the assistant in errors.
+        query_offset (int): The position of the query, counted from the last token's:
+          ``0`` or ``-1``.
         target (nn.Module, optional): The model to draft for, with shared keys and
-          values; ``bind`` sets it.
+          values. ``bind`` sets it.
+
+    Raises:
+        ValueError: If ``query_offset`` is neither 0 nor -1.
     """
 
     name = "assistant"
@@ -63,20 +67,21 @@ class GemmaAssistantDrafter:
 
         Args:
             source (str or Path): A folder or a Hub id.
-            query_offset (int): Where the query is, from the position of the last
-              token: ``0`` or ``-1``. It changes nothing but acceptance.
+            query_offset (int): The position of the query, counted from the last
+              token's: ``0`` or ``-1``. It changes nothing but acceptance.
 
         Raises:
-            SpeculationError: If there is no whole assistant.
+            ValueError: If ``query_offset`` is neither 0 nor -1.
+            SpeculationError: If there is no assistant, or a part of it is missing.
         """
         return cls(load_assistant(source), str(source), query_offset=query_offset)
 
     def bind(self, model: nn.Module) -> GemmaAssistantDrafter:
-        """The same drafter, for a model.
+        """Make a drafter for a model with the same assistant.
 
         Args:
             model (nn.Module): A Gemma-4 model that mlx-lm loaded. Its class becomes one
-              that shares keys and values, all else stays.
+              that shares keys and values; all else stays as it is.
 
         Raises:
             SpeculationError: If the assistant was made for another model.
@@ -142,7 +147,7 @@ class AssistantSession:
         # Entries are replaced in this list when they are quantised.
         self._prompt_cache = prompt_cache
         self._num_entries = num_entries
-        # That of the query for the token after all that were seen.
+        # This is the query's position for the token after all that were seen.
         self._next_position = next_position
 
     @property
@@ -186,7 +191,7 @@ class AssistantSession:
 
 
 def _differences(assistant: Assistant, target: SharedKVMixin) -> list[str]:
-    """Where an assistant and a model do not fit each other."""
+    """List in what an assistant and a model do not fit each other."""
     own, text = assistant.text_args, target.text_model.args
     donors = {kind: target.text_model.layers[i] for kind, i in target.donors.items()}
     sizes = [

@@ -1,9 +1,9 @@
-"""The tokens that an MTP head may propose, where those are not all.
+"""Limits the tokens that an MTP head may propose to a part of the vocabulary.
 
-Most of the cost of a draft is the product with the target's output layer, one row for
-each token of the vocabulary. Rows are independent, quantised or not, so a layer of some
-of the rows is cheaper and gives those tokens the same logits. It is exact: a token that
-cannot be proposed is one that the target adds itself.
+Most of the cost of a draft is the product with the target's output layer, which has one
+row for each token of the vocabulary. Rows are independent, quantised or not, so a layer
+of some of the rows is cheaper and gives those tokens the same logits. The output stays
+exact: a token that cannot be proposed is added by the target itself.
 
 Source: FR-Spec (arXiv:2502.14856).
 """
@@ -34,11 +34,11 @@ _LAYERS = (*_TABLES, nn.Linear, nn.QuantizedLinear)
 
 
 class SubsetProjection:
-    """The output layer of a model, over some of its tokens.
+    """The output layer of a model, reduced to some of the tokens.
 
     Args:
         layer (nn.Module): The whole output layer, or an embedding used as one.
-        tokens (Sequence[int]): Those to keep, in ascending order.
+        tokens (Sequence[int]): The tokens to keep, in ascending order.
     """
 
     def __init__(self, layer: nn.Module, tokens: Sequence[int]):
@@ -48,13 +48,12 @@ class SubsetProjection:
         self.tokens = tuple(tokens)
 
     def exchanged(self, tokens: Sequence[int]) -> SubsetProjection:
-        """The projection with other tokens, as many as before.
+        """Make a projection to other tokens that shares the rows copied already.
 
-        The rows that are copied already are shared; only those of new tokens are
-        copied.
+        Only the rows of tokens that this projection does not have are copied.
 
         Args:
-            tokens (Sequence[int]): Those to keep, in ascending order.
+            tokens (Sequence[int]): The tokens to keep, in ascending order.
         """
         found = copy.copy(self)
         found.tokens = tuple(tokens)
@@ -64,13 +63,13 @@ class SubsetProjection:
         return found
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Logits of states, minus infinity for tokens that were not kept.
+        """Compute logits, which are minus infinity for tokens that were not kept.
 
         Args:
-            hidden (mx.array): ``[..., hidden_size]``.
+            hidden (mx.array): Hidden states, ``[..., hidden_size]``.
 
         Returns:
-            mx.array: ``[..., vocab_size]``.
+            mx.array: Logits, ``[..., vocab_size]``.
         """
         found = [part(hidden) for part in self._parts]
         shape = (*hidden.shape[:-1], self._layer.weight.shape[0])
@@ -83,7 +82,7 @@ class SubsetProjection:
 
 
 class _Rows:
-    """A copy of the rows that an output layer has for some tokens."""
+    """A copy of an output layer's rows for some tokens."""
 
     def __init__(self, layer: nn.Module, tokens: Sequence[int]):
         self.tokens = mx.array(tokens)
@@ -97,15 +96,15 @@ class _Rows:
 
 
 class DraftVocabulary:
-    """Which tokens are proposed for the sequences of a model.
+    """The tokens that may be proposed for the sequences of a model.
 
     Args:
         model (MTPMixin): The target with its head.
-        draft_vocab (int or path): How many, or a file with their ids.
+        draft_vocab (int, str or Path): The number of tokens, or a file with their ids.
 
     Raises:
-        SpeculationError: If the file is not such a file, or the output layer is one of
-          which no rows can be taken.
+        SpeculationError: If the file does not list token ids of the model, or if rows
+          cannot be taken out of an output layer of this type.
     """
 
     def __init__(self, model: MTPMixin, draft_vocab: DraftVocab):
@@ -128,7 +127,16 @@ class DraftVocabulary:
 
     @classmethod
     def of(cls, model: MTPMixin, draft_vocab: DraftVocab) -> DraftVocabulary:
-        """The vocabulary of a model, whose rows are copied the first time only."""
+        """Return the vocabulary of a model; its rows are copied the first time only.
+
+        Args:
+            model (MTPMixin): The target with its head.
+            draft_vocab (int, str or Path): The number of tokens, or a file with their
+              ids.
+
+        Raises:
+            SpeculationError: If there cannot be such a vocabulary.
+        """
         record = record_of(model)
         known: DraftVocabulary | None = record.draft_vocabulary
         if known is None or not known._is_still(model, draft_vocab):
@@ -136,10 +144,10 @@ class DraftVocabulary:
         return known
 
     def projection(self, prompt: Iterable[int]) -> SubsetProjection:
-        """The output layer to draft with.
+        """Make the output layer to draft with for one sequence.
 
         Args:
-            prompt (Iterable[int]): Tokens of the sequence so far.
+            prompt (Iterable[int]): The tokens of the sequence so far.
         """
         if not isinstance(self._draft_vocab, int):
             return self._projection
@@ -149,7 +157,7 @@ class DraftVocabulary:
         )
 
     def _is_still(self, model: MTPMixin, draft_vocab: DraftVocab) -> bool:
-        """Whether this is what a model and a wish for tokens still ask for."""
+        """Tell whether the model, the option and the file of ids are unchanged."""
         return (
             self._layer is model.output_layer
             and self._draft_vocab == draft_vocab
@@ -158,7 +166,7 @@ class DraftVocabulary:
 
 
 def _modified(draft_vocab: DraftVocab) -> float | None:
-    """When a file of token ids was last written; None for anything else."""
+    """Return when a file of token ids was last written, None for a number of tokens."""
     if isinstance(draft_vocab, int):
         return None
     path = Path(draft_vocab).expanduser()
@@ -168,17 +176,17 @@ def _modified(draft_vocab: DraftVocab) -> float | None:
 def choose_tokens(
     num_tokens: int, prompt: Iterable[int], always: Iterable[int]
 ) -> list[int]:
-    """The tokens that are most worth proposing, in ascending order.
+    """Choose the tokens that are most worth proposing, in ascending order.
 
-    Those of the tokenizer that stand outside its vocabulary, like the end of a turn,
-    come first, then those of the prompt, by frequency, then all others by their ids. A
-    BPE tokenizer numbers tokens in the order in which it merged them, the most frequent
-    pair of its training text first.
+    The tokens of ``always`` come first, then the tokens of the prompt by frequency,
+    then all others by their ids: a BPE tokenizer numbers tokens in the order in which
+    it merged them, the most frequent pair of its training text first.
 
     Args:
-        num_tokens (int): How many to choose.
-        prompt (Iterable[int]): Tokens of the sequence so far.
-        always (Iterable[int]): To be chosen before any other.
+        num_tokens (int): How many tokens to choose.
+        prompt (Iterable[int]): The tokens of the sequence so far.
+        always (Iterable[int]): Tokens to choose before any other, such as the end of a
+          turn.
     """
     of_prompt = (token for token, _ in Counter(prompt).most_common())
     ranked = dict.fromkeys(chain(always, of_prompt, range(num_tokens)))
@@ -186,10 +194,15 @@ def choose_tokens(
 
 
 def read_token_ids(file: str | os.PathLike[str], vocab_size: int) -> list[int]:
-    """The token ids in a file, one a line or as a JSON list, in ascending order.
+    """Read the token ids in a file, one a line or a JSON list, in ascending order.
+
+    Args:
+        file (str or Path): The file.
+        vocab_size (int): The number of tokens that the model has.
 
     Raises:
-        SpeculationError: If the file holds anything else, or none that the model has.
+        SpeculationError: If the file cannot be read, has no ids, or has anything that
+          is not the id of one of the model's tokens.
     """
     path = Path(file).expanduser()
     try:
@@ -215,7 +228,7 @@ def _token_id(token: Any, vocab_size: int) -> int:
 
 @functools.cache
 def _added_tokens(folder: Path | None) -> tuple[int, ...]:
-    """Ids that a model's tokenizer has for special and other added tokens."""
+    """Read the ids of special and other added tokens from a model's tokenizer."""
     if folder is None:
         return ()
     added = read_json(folder / "tokenizer.json").get("added_tokens", [])

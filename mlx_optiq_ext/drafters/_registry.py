@@ -1,4 +1,4 @@
-"""Which drafter a checkpoint is, and how it meets its target.
+"""Finds out which drafter a checkpoint is, and prepares it for its target.
 
 To add a kind of drafter, write its class in a file of this package and name it in
 ``REGISTRY``.
@@ -33,7 +33,10 @@ class Unbound(Protocol):
     """A drafter that has to know its target before it can open a session."""
 
     def bind(self, model: nn.Module) -> Drafter:
-        """The drafter for a target.
+        """Make the drafter ready for a target.
+
+        Args:
+            model (nn.Module): The target.
 
         Raises:
             SpeculationError: If it cannot draft for this target.
@@ -42,7 +45,7 @@ class Unbound(Protocol):
 
 
 class MTPHeadSource:
-    """An MTP head by itself, to be attached to a model.
+    """An MTP head that is stored by itself and has yet to be attached to a model.
 
     Args:
         source (str or Path): A folder, a ``.safetensors`` file or a Hub id.
@@ -60,8 +63,8 @@ HEAD_FILE = ".safetensors"
 
 Loader = Callable[[Source], Drafter | Unbound | nn.Module]
 
-# By the model type in config.json, or the suffix of a file. All others are ordinary
-# language models.
+# The key is the model type in config.json, or the suffix of a file. A checkpoint of any
+# other type is an ordinary language model.
 REGISTRY: dict[str, Loader] = {
     HEAD_FILE: MTPHeadSource,
     "qwen3_5_mtp": MTPHeadSource,
@@ -75,13 +78,14 @@ def as_drafter(
     model: nn.Module,
     argument: str = "drafter",
 ) -> Drafter:
-    """The drafter that an argument means, ready to draft for a model.
+    """Find the drafter that an argument means, and make it ready for a model.
 
     Args:
-        drafter: A drafter, an ordinary draft model, or the folder or Hub id of one of
-          them. None is the model's own MTP head.
+        drafter (Drafter, nn.Module, str or Path, optional): A drafter, an ordinary
+          draft model, or the folder or Hub id of one of them. None means the model's
+          own MTP head.
         model (nn.Module): The target.
-        argument (str): What errors call the first argument.
+        argument (str): The name of the first argument in errors.
 
     Raises:
         ValueError: If the argument is none of these.
@@ -135,10 +139,13 @@ def is_draft_model(source: Source) -> bool:
 
 
 def check_draft_model(source: Source) -> None:
-    """See that there is an ordinary language model to be loaded.
+    """Check that a place has the files of an ordinary language model.
+
+    Args:
+        source (str or Path): A folder or a Hub id.
 
     Raises:
-        SpeculationError: If there is none.
+        SpeculationError: If it lacks a configuration or weights.
     """
     folder = find_folder(source)
     missing = [
@@ -154,7 +161,7 @@ def check_draft_model(source: Source) -> None:
 
 
 def _kind(source: Source) -> str:
-    """The key of ``REGISTRY`` that a checkpoint has, or would have."""
+    """Find the key of a checkpoint, which is in ``REGISTRY`` if it is a drafter."""
     path = Path(source).expanduser()
     if path.is_file():
         return path.suffix
@@ -165,7 +172,7 @@ def _kind(source: Source) -> str:
 
 
 def _has_trunk(folder: Path) -> bool:
-    """Whether the weights in a folder are those of a whole language model."""
+    """Tell whether the weights in a folder are those of a whole language model."""
     for file in sorted(folder.glob("model*.safetensors")):
         try:
             names = mx.load(str(file)).keys()

@@ -1,4 +1,4 @@
-"""What mlx-lm's model classes gain, one module per family."""
+"""Adds to mlx-lm's model classes what drafting needs, one module per family."""
 
 from ._swap import add_mixin
 from .gemma4 import SharedKVMixin, attach_shared_kv

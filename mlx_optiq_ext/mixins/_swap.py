@@ -1,4 +1,4 @@
-"""Giving one model of a class what others of it do not get."""
+"""Adds a mixin to one model without changing its class for other models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import mlx.nn as nn
 def add_mixin(model: nn.Module, mixin: type) -> None:
     """Make a model an instance of its class with a mixin; nothing else changes.
 
-    Copies of the model, and what unpickling makes of it, have the class itself.
+    Copied and unpickled models have the original class again.
+
+    Args:
+        model (nn.Module): The model, which is changed in place.
+        mixin (type): The class to put before the model's own.
     """
     if not isinstance(model, mixin):
         model_class: type = type(model)
@@ -20,7 +24,7 @@ def add_mixin(model: nn.Module, mixin: type) -> None:
 
 @cache
 def _mixed(mixin: type, model_class: type) -> type:
-    """The subclass, which looks like the class itself."""
+    """Make the subclass with the mixin, which has the name of the original class."""
     names = {
         "__module__": model_class.__module__,
         "__doc__": model_class.__doc__,
@@ -31,11 +35,11 @@ def _mixed(mixin: type, model_class: type) -> type:
 
 
 def _reduce_to_original(model: Any, protocol: Any) -> tuple[Any, ...]:
-    """What the original class reduces to: pickle would not find another one."""
+    """Reduce a model to its original class, the only one that pickle can find."""
     reduced: Any = nn.Module.__reduce_ex__(model, protocol)
     return _new, (model._original_class,), *reduced[2:]
 
 
 def _new(model_class: Any) -> Any:
-    # Not copyreg.__newobj__: pickle refuses that for another class than the object's.
+    # Pickle refuses copyreg.__newobj__ for a class that is not the object's own.
     return model_class.__new__(model_class)

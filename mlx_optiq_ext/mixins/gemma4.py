@@ -1,4 +1,4 @@
-"""What mlx-lm's Gemma-4 model classes gain: what an assistant reads of its target."""
+"""Lets Gemma-4 models of mlx-lm show the states, keys and values an assistant reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SharedKVMixin:
 
     @property
     def text_model(self) -> gemma4_text.Model:
-        """The model itself, or the one in it that reads text."""
+        """The model itself, or the text model in it if it also reads images."""
         return self.language_model if isinstance(self, gemma4.Model) else self
 
     @property
@@ -37,23 +37,23 @@ class SharedKVMixin:
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """The states after the model's last norm, ``[batch, num_tokens, hidden_size]``.
+        """Compute the states after the last norm, ``[batch, num_tokens, hidden_size]``.
 
         Args:
             inputs (mx.array): Tokens, ``[batch, num_tokens]``.
-            cache (list, optional): The model's prompt cache.
-            input_embeddings (mx.array, optional): Read in place of the tokens', before
-              they are scaled, ``[batch, num_tokens, hidden_size]``.
+            cache (list, optional): The model's prompt cache, which is updated.
+            input_embeddings (mx.array, optional): Embeddings to read in place of the
+              tokens' own, not yet scaled, ``[batch, num_tokens, hidden_size]``.
         """
         return self.text_model.model(
             inputs, cache=cache, input_embeddings=input_embeddings
         )
 
     def project(self, hidden: mx.array) -> mx.array:
-        """Logits ``[batch, num_tokens, vocab_size]`` of states, with the model's cap.
+        """Project states to logits, ``[batch, num_tokens, vocab_size]``, and cap them.
 
         Args:
-            hidden (mx.array): ``[batch, num_tokens, hidden_size]``.
+            hidden (mx.array): Hidden states, ``[batch, num_tokens, hidden_size]``.
         """
         text = self.text_model
         if text.tie_word_embeddings:
@@ -64,26 +64,26 @@ class SharedKVMixin:
         return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Embeddings of tokens, scaled as the first layer gets them.
+        """Look up the embeddings of tokens, scaled as the first layer reads them.
 
         Args:
-            tokens (mx.array): Of any shape.
+            tokens (mx.array): Tokens, in an array of any shape.
 
         Returns:
-            mx.array: ``[..., hidden_size]``.
+            mx.array: Embeddings, ``[..., hidden_size]``.
         """
         decoder = self.text_model.model
         return decoder.embed_tokens(tokens) * decoder.embed_scale
 
     def shared_kv(self, cache: list[Any]) -> SharedKV:
-        """Keys and values in a prompt cache, by type of layer.
+        """Read the keys and values that an assistant attends to, by type of layer.
 
         Args:
-            cache (list): The model's entries, none of them empty.
+            cache (list): The model's prompt cache, of which no entry is empty.
 
         Returns:
-            dict: ``[1, heads, num_tokens, head_dim]`` each, in the order of the tokens.
-            Where a sliding window has passed them, early tokens are missing.
+            dict: Keys and values, ``[1, heads, num_tokens, head_dim]`` each, in the
+            order of the tokens. Tokens before a sliding window are missing.
         """
         return {kind: _keys_and_values(cache[i]) for kind, i in self.donors.items()}
 
@@ -110,7 +110,7 @@ def attach_shared_kv(model: nn.Module) -> None:
 
 def _keys_and_values(entry: Any) -> tuple[mx.array, ...]:
     if isinstance(entry, RotatingKVCache):
-        # After a pass over one token the oldest are anywhere in the ring.
+        # A ring that is full begins with any of its tokens, not with the oldest.
         return entry._temporal_order(entry.keys), entry._temporal_order(entry.values)
     keys, values = entry.keys_and_values()
     if isinstance(entry, QuantizedKVCache):

@@ -1,4 +1,4 @@
-"""What mlx-lm's Qwen3.5 model classes gain: their MTP head, and the seams to use it."""
+"""Attaches MTP heads to Qwen3.5 models of mlx-lm, with the methods to draft by them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .._record import record_of
 from ..heads import MTPHead, check_type, dtype_of_states, load_head
 from ._swap import add_mixin
 
-# Models called 4B have a little more or less.
+# The limit is below 4e9 because models called 4B have a little more or less.
 _MIN_NUM_PARAMETERS = 3.5e9
 
 
@@ -33,7 +33,7 @@ class MTPMixin:
 
     @property
     def num_entries(self) -> int:
-        """How many entries of a prompt cache are the model's, the head's apart."""
+        """The number of prompt cache entries of the model, without the head's."""
         return len(self.language_model.layers)
 
     def hidden_states(
@@ -42,13 +42,13 @@ class MTPMixin:
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """The states after the model's last norm, ``[batch, num_tokens, hidden_size]``.
+        """Compute the states after the last norm, ``[batch, num_tokens, hidden_size]``.
 
         Args:
             inputs (mx.array): Tokens, ``[batch, num_tokens]``.
-            cache (list, optional): The model's prompt cache.
-            input_embeddings (mx.array, optional): Read in place of the tokens',
-              ``[batch, num_tokens, hidden_size]``.
+            cache (list, optional): The model's prompt cache, which is updated.
+            input_embeddings (mx.array, optional): Embeddings to read in place of the
+              tokens' own, ``[batch, num_tokens, hidden_size]``.
         """
         return self.language_model.model(
             inputs, cache, input_embeddings=input_embeddings
@@ -56,41 +56,44 @@ class MTPMixin:
 
     @property
     def output_layer(self) -> nn.Module:
-        """What makes logits of states; the embedding, if it is tied to that."""
+        """The layer that projects states to logits, or the embedding if it is tied."""
         if self.language_model.args.tie_word_embeddings:
             return self.language_model.model.embed_tokens
         return self.language_model.lm_head
 
     def project(self, hidden: mx.array) -> mx.array:
-        """Logits ``[batch, num_tokens, vocab_size]`` of states, the head's included.
+        """Project states of the model or its head to logits.
 
         Args:
-            hidden (mx.array): ``[batch, num_tokens, hidden_size]``.
+            hidden (mx.array): Hidden states, ``[batch, num_tokens, hidden_size]``.
+
+        Returns:
+            mx.array: Logits, ``[batch, num_tokens, vocab_size]``.
         """
         if self.language_model.args.tie_word_embeddings:
             return self.output_layer.as_linear(hidden)
         return self.output_layer(hidden)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Embeddings of tokens, ``[..., hidden_size]``.
+        """Look up the embeddings of tokens, ``[..., hidden_size]``.
 
         Args:
-            tokens (mx.array): Of any shape.
+            tokens (mx.array): Tokens, in an array of any shape.
         """
         return self.language_model.model.embed_tokens(tokens)
 
     def make_mtp_cache(self) -> list[Any]:
-        """What the head keeps of a sequence.
+        """Make the cache entries that the head needs for a sequence.
 
         Returns:
-            list: The head's KV cache, and the last state ``[1, 1, hidden_size]`` with
-            the number of tokens seen ``[1, 1]``.
+            list: The head's KV cache, then an entry for the last state,
+            ``[1, 1, hidden_size]``, and the number of tokens seen, ``[1, 1]``.
         """
         return [KVCache(), ArraysCache(2)]
 
 
 def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
-    """Attach its MTP head to a model, loading it unless it is there already.
+    """Attach the MTP head of a model, and load it unless it is attached already.
 
     Parameters and modules of the model stay as they are.
 
@@ -137,7 +140,7 @@ def _place(model: nn.Module, source: str | Path | None) -> str:
             'from, as mlx_lm.load did not load it. Name the place with mtp="PATH".'
         )
     path = Path(source).expanduser()
-    # A snapshot is recognised by its path, so links in that are kept.
+    # A snapshot is recognised by its path, so links in the path are not resolved.
     return str(path.absolute()) if path.exists() else str(source)
 
 

@@ -1,4 +1,4 @@
-"""The seams of mlx-lm that are wrapped, and the switch for them."""
+"""Wraps functions of mlx-lm, its seams, and switches the wrappers on and off."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether mlx-lm is patched, or will be when it is imported."""
+    """Tell whether mlx-lm is patched, or will be when it is imported."""
     return (
         _applier.enabled
         and _applier.problem is None
@@ -68,15 +68,15 @@ def is_enabled() -> bool:
 
 
 def applied() -> tuple[Patch, ...]:
-    """The rows of the table that are in place in this process."""
+    """List the patches that are in place in this process."""
     return _applier.applied
 
 
 def problem() -> str | None:
-    """Why nothing is patched in this process, None if nothing stands against it."""
+    """Say why nothing is patched in this process; None means that it can be."""
     return _applier.problem
 
 
 def target_modules() -> list[str]:
-    """The modules of mlx-lm that the table names, each once."""
+    """List the modules of mlx-lm that the patch table names, each once."""
     return list(dict.fromkeys(row.module for row in _table.PATCHES))

@@ -1,4 +1,4 @@
-"""Wraps the seams of a patch table: all of them, or none."""
+"""Wraps either all seams of a patch table, or none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Seam(wrapt.FunctionWrapper):
 
 
 class _Site(NamedTuple):
-    """Where a seam is, what was there, and what goes there."""
+    """The place of a seam, with the original function and the wrapped one."""
 
     parent: Any
     name: str
@@ -43,10 +43,10 @@ class Applier:
     """Applies one patch table to modules as they are imported.
 
     Attributes:
-        enabled: Whether the wrappers run. Names copied from the patched modules
-          obey it too.
-        problem: Why nothing is patched, None if nothing stands against it.
-        warns: Whether a problem that import brings up is warned about.
+        enabled: Whether the wrappers run, also under names that were copied from the
+          patched modules.
+        problem: The reason why nothing is patched, None if there is none.
+        warns: Whether to warn about a problem that an import brings up.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Applier:
 
         Args:
             table: The seams and their wrappers.
-            refusal: Why not to, if there is a reason.
+            refusal: The reason not to patch anything, if there is one.
         """
         if refusal is not None:
             self._stand_aside(refusal)

@@ -1,4 +1,4 @@
-"""What a call of mlx-lm asks for; cheap, for every call passes here."""
+"""Reads what a call of mlx-lm asks for, cheaply because every call passes here."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from typing import Any
 
 from .._options import NumDraftTokens
 
-DRAFT_MODEL_POSITION = 4  # of stream_generate's positional arguments
+# The index of draft_model among the positional arguments of stream_generate.
+DRAFT_MODEL_POSITION = 4
 
 
 @dataclass
 class Request:
-    """What a command line asks for, or a server on behalf of one of its requests.
+    """The speculation that a command line, or a request to a server, asks for.
 
     Args:
-        mtp, draft, num_draft_tokens, draft_vocab: As the arguments of ``generate``.
-        stats (SpeculationStats, optional): Counts what happens.
-        seed (int, optional): Decides what is sampled.
-        arguments (GenerationArguments, optional): Those of the server's request whose
-            sequence is to be admitted next.
-        batch (BatchSpeculation, optional): How the sequences of a batch generator are
-            to be decoded that is made next.
+        mtp (bool or str, optional): True for the model's own head, or a place with one.
+        draft (Any): The drafter, or the folder or Hub id of one.
+        num_draft_tokens (int or str, optional): The number of tokens to draft in a
+          round, from 1 to 8, or ``"auto"``.
+        draft_vocab (int or str, optional): The number of tokens that the head may
+          propose, or a file with their ids.
+        stats (SpeculationStats, optional): The counts to add to.
+        seed (int, optional): The seed of what is sampled.
+        batch (BatchSpeculation, optional): How the sequences of the batch generator
+          that is made next are decoded.
     """
 
     mtp: str | bool | None = None
@@ -32,7 +36,6 @@ class Request:
     draft_vocab: int | str | None = None
     stats: Any = None
     seed: int | None = None
-    arguments: Any = None
     batch: Any = None
 
     @property
@@ -41,7 +44,7 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of ``generate`` that mean the same."""
+        """The arguments of ``generate`` that ask for the same speculation."""
         return {
             "mtp": self.mtp,
             "draft": self.draft,
@@ -50,12 +53,17 @@ class Request:
         }
 
 
-# Set where what mlx-lm calls itself has no argument that could carry the request.
+# This carries the request where functions of mlx-lm have no argument that could do so.
 current: ContextVar[Request | None] = ContextVar("current", default=None)
 
 
 def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether neither the arguments nor the command line mention speculation."""
+    """Tell whether neither the arguments nor the command line mention speculation.
+
+    Args:
+        args (tuple): The positional arguments of ``generate`` or ``stream_generate``.
+        kwargs (Mapping[str, Any]): The keyword arguments of that call.
+    """
     request = current.get()
     return (
         "mtp" not in kwargs

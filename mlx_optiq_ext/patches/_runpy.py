@@ -1,8 +1,8 @@
 """Makes `python -m mlx_lm.generate` run the module that is patched.
 
-runpy executes a second copy of the module under the name `__main__`, which no
-import hook sees. Here that copy is replaced by the `if __name__ == "__main__"`
-block alone, run inside the imported module.
+runpy executes a second copy of the module under the name `__main__`, which no import
+hook sees. This module replaces that copy by the `if __name__ == "__main__"` block
+alone, and runs the block inside the imported module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAIN_TEST = "__name__ == '__main__'"
 
 
 def module_run_as_main() -> str | None:
-    """The NAME of `python -m NAME` while Python is still looking for it."""
+    """Return the NAME of `python -m NAME` while Python is still looking for it."""
     if sys.argv[:1] != ["-m"]:
         return None
     # Everything after the name is in sys.argv, too.
@@ -59,7 +59,7 @@ def _main_block(source: str) -> ast.Module:
 
 
 class _MainLoader(wrapt.ObjectProxy):
-    """A module's loader, but the code it hands to runpy is the main block."""
+    """The loader of a module, except that runpy gets only the main block from it."""
 
     def get_code(self, name: str) -> CodeType:
         if self.__wrapped__.get_source(name) is None:
@@ -69,7 +69,7 @@ class _MainLoader(wrapt.ObjectProxy):
 
 
 class _MainFinder:
-    """Meta path entry that gives one module a _MainLoader."""
+    """A meta path entry that gives one module a _MainLoader."""
 
     def __init__(self, name: str) -> None:
         self._name = name

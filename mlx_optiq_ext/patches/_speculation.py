@@ -1,4 +1,4 @@
-"""Speculation on its way through mlx-lm, in the place of a draft model."""
+"""Carries speculation through functions of mlx-lm, in the place of a draft model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..drafters import Drafter, DraftModelDrafter, MTPDrafter, as_drafter, limit
 from ..mixins import attach_mtp
 from ._request import current
 
-# mlx-lm drops these where there is a draft model, or refuses them.
+# mlx-lm drops or refuses these options where there is a draft model.
 CARRIED_OPTIONS = ("max_kv_size", "prompt_progress_callback", "input_embeddings")
 
 
 class Speculation:
-    """What mlx-lm takes for a draft model and hands back to us.
+    """An object that mlx-lm takes for a draft model and passes on to our patches.
 
     Args:
         drafter (Drafter): What proposes tokens.
-        num_draft_tokens (int or str, optional): Default: that of
-          ``spec_generate_step``.
-        stats (SpeculationStats, optional): Counts what happens.
-        seed (int, optional): Decides what is sampled.
+        num_draft_tokens (int or str, optional): The number of tokens to draft in a
+          round, or ``"auto"``. Default: that of ``spec_generate_step``.
+        stats (SpeculationStats, optional): The counts to add to. Default: new ones.
+        seed (int, optional): The seed of what is sampled.
     """
 
     def __init__(
@@ -59,7 +59,11 @@ class Speculation:
         return self._settings.get("num_draft_tokens", "auto")
 
     def carry(self, options: dict[str, Any]) -> None:
-        """Move what mlx-lm would drop out of ``options``."""
+        """Take the options that mlx-lm would drop, and use them in ``steps``.
+
+        Args:
+            options (dict): Keyword arguments, from which they are removed.
+        """
         for name in CARRIED_OPTIONS:
             if name in options:
                 self._settings[name] = options.pop(name)
@@ -74,7 +78,11 @@ class Speculation:
     def responses(
         self, responses: Generator[GenerationResponse, None, None]
     ) -> Iterator[GenerationResponse]:
-        """Pass on responses; the last has statistics and leaves the cache settled."""
+        """Pass on responses, and add the counts to the last one.
+
+        The steps are closed before the last response is yielded, so that the prompt
+        cache then holds exactly the tokens of the text.
+        """
         with contextlib.closing(responses):
             for response in responses:
                 if response.finish_reason is not None:
@@ -107,8 +115,14 @@ def take_request(
 ) -> Speculation | nn.Module | None:
     """Take the request for speculation out of keyword arguments.
 
+    Args:
+        model (nn.Module): The target.
+        options (dict): The keyword arguments of a call of ``stream_generate``, without
+          those for speculation afterwards.
+
     Returns:
-        Speculation, or the ``draft_model`` of ``options`` if mlx-lm can deal with it.
+        Speculation, nn.Module or None: The speculation that is asked for, or the
+        ``draft_model`` of ``options`` if mlx-lm can speculate with that itself.
 
     Raises:
         ValueError: If the request is malformed or contradicts another argument.
@@ -153,7 +167,13 @@ def rescued(
     draft_model: nn.Module | Speculation,
     options: Mapping[str, Any],
 ) -> nn.Module | Speculation:
-    """The draft model, as speculation of ours where mlx-lm's own cannot roll back."""
+    """Replace a draft model by our speculation where mlx-lm could not roll back.
+
+    Args:
+        model (nn.Module): The target.
+        draft_model (nn.Module or Speculation): What mlx-lm was given to draft with.
+        options (Mapping[str, Any]): The keyword arguments of the call.
+    """
     if isinstance(draft_model, Speculation):
         return draft_model
     cache = options.get("prompt_cache") or (
@@ -167,7 +187,7 @@ def rescued(
 
 
 def _check_mtp(mtp: Any) -> str | None:
-    """The source of the head that an ``mtp`` argument names."""
+    """Return the source that an ``mtp`` argument names, None for the model's own."""
     if mtp is True:
         return None
     if isinstance(mtp, (str, os.PathLike)) and os.fspath(mtp):
@@ -176,7 +196,7 @@ def _check_mtp(mtp: Any) -> str | None:
 
 
 def _is_untrimmable(entry: Any) -> bool:
-    """Whether an entry cannot be trimmed, or no more once its window is full."""
+    """Tell whether an entry cannot be trimmed, now or once its window is full."""
     if isinstance(entry, CacheList):
         return any(map(_is_untrimmable, entry.caches))
     return isinstance(entry, (ArraysCache, RotatingKVCache))

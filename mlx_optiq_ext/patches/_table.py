@@ -1,4 +1,4 @@
-"""The one table of what is wrapped in mlx-lm."""
+"""The one table of all functions that are wrapped in mlx-lm."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ class Patch(NamedTuple):
     """One seam of mlx-lm and the function that goes around it.
 
     Args:
-        module: The module that has the seam. If it also defines it, the copies that
-          other modules of its package hold are replaced, too.
-        attribute: Its name there, dotted for a method: ``"APIHandler.do_POST"``.
-        wrapper: Where the wrapper is, as ``"module:function"``. It has wrapt's
-          parameters ``(wrapped, instance, args, kwargs)`` and is imported when
+        module: The module that has the seam. If the module also defines the seam, the
+          copies that other modules of its package hold are replaced, too.
+        attribute: The name of the seam in the module, dotted for a method:
+          ``"APIHandler.do_POST"``.
+        wrapper: The place of the wrapper, as ``"module:function"``. The wrapper has
+          wrapt's parameters ``(wrapped, instance, args, kwargs)`` and is imported when
           ``module`` is.
-        parameters: Names that the seam's signature must have.
+        parameters: The names of parameters that the seam must have.
     """
 
     module: str
@@ -32,7 +33,7 @@ _HERE = "mlx_optiq_ext.patches"
 
 
 def _command_line(command: str) -> tuple[Patch, Patch]:
-    """The seams of a command's module, which all look alike."""
+    """List the seams of a command's module, which are the same for every command."""
     module, wrappers = f"mlx_lm.{command}", f"{_HERE}.command_line"
     return (
         Patch(module, "setup_arg_parser", f"{wrappers}:setup_arg_parser"),
@@ -41,35 +42,14 @@ def _command_line(command: str) -> tuple[Patch, Patch]:
 
 
 def _server() -> tuple[Patch, ...]:
-    """The seams of the HTTP server and of its generation thread."""
+    """List the seams of the HTTP server and of its generation thread."""
     module, wrappers = "mlx_lm.server", f"{_HERE}.server"
     seams: dict[str, tuple[str, tuple[str, ...]]] = {
-        "APIHandler.handle": ("handle", ()),
-        "APIHandler.parse_request": ("parse_request", ()),
-        "APIHandler.send_error": ("send_error", ("code", "message")),
-        "APIHandler.log_request": ("log_request", ("code",)),
-        "APIHandler._set_completion_headers": (
-            "set_completion_headers",
-            ("status_code",),
-        ),
-        "ResponseGenerator.generate": (
-            "generate",
-            ("request", "generation_args", "progress_callback"),
-        ),
-        "ResponseGenerator._await_response": ("await_response", ("response_queue",)),
-        "ResponseGenerator._next_request": ("next_request", ("timeout",)),
-        "ResponseGenerator._generate": ("generation_loop", ()),
-        "ResponseGenerator._tokenize": ("tokenize", ("tokenizer", "request", "args")),
-        "APIHandler.generate_response": ("with_counts", ()),
-        "APIHandler.completion_usage_response": ("with_counts", ()),
-        "ResponseGenerator.__init__": (
-            "response_generator",
-            ("model_provider", "prompt_cache"),
-        ),
+        "run": ("run", ("host", "port", "model_provider")),
+        "_make_logits_processors": ("logits_processors", ("args",)),
         "ModelProvider.load": ("load", ("model_path",)),
         "ModelProvider.load_default": ("load_default", ()),
         "scan_cache_dir": ("scan_cache_dir", ()),
-        "_run_http_server": ("run_http_server", ("host", "response_generator")),
         "main": ("main", ()),
     }
     return tuple(
@@ -79,7 +59,7 @@ def _server() -> tuple[Patch, ...]:
 
 
 def _batching() -> tuple[Patch, ...]:
-    """The seams by which served models are decoded speculatively."""
+    """List the seams by which served models are decoded speculatively."""
     wrappers = f"{_HERE}.batching"
     seams: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         ("generate", "BatchGenerator.__init__"): ("batch_generator", ("model",)),
@@ -88,9 +68,7 @@ def _batching() -> tuple[Patch, ...]:
             "insert_segments",
             ("segments", "caches"),
         ),
-        ("server", "ResponseGenerator._is_batchable"): ("is_batchable", ("args",)),
         ("server", "ModelProvider._load"): ("load_served", ("draft_model_path",)),
-        ("server", "ResponseGenerator._serve_single"): ("serve_single", ("request",)),
     }
     return tuple(
         Patch(f"mlx_lm.{module}", attribute, f"{wrappers}:{wrapper}", parameters)

@@ -1,4 +1,4 @@
-"""Which releases of mlx-lm the patch table was written for."""
+"""Names the releases of mlx-lm that the patch table was written for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SUPPORTED = ("0.32.0", "0.32.1", "0.32.2")
 
 
 def unsupported_reason() -> str | None:
-    """Why the installed mlx-lm cannot be patched, None if it can."""
+    """Say why the installed mlx-lm cannot be patched; None means that it can be."""
     listed = f"supported are {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]}"
     try:
         found = metadata.version("mlx-lm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
@@ -28,24 +27,23 @@ def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    request = current.get()
-    if request is not None and request.batch is not None:
+    if (request := current.get()) is not None and request.batch is not None:
         uids = wrapped(*args, **kwargs)
         for uid in uids:
             instance.set_options(uid, request.batch.sequence_options())
         return uids
-    if request is None or request.arguments is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._recovery import guard_sequences
-    from ..serving._speculation import options_of
-
-    current.set(None)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    guard_sequences(call.arguments, request.arguments)
+    arguments = getattr(call.arguments["segments"][0], "arguments", None)
+    if arguments is None:
+        return wrapped(*args, **kwargs)
+    from ..serving import guard_sequences, options_of
+
+    guard_sequences(call.arguments, arguments)
     uids = wrapped(*call.args, **call.kwargs)
     if record_of(instance.model).served is not None:
+        options = options_of(arguments)
         for uid in uids:
-            instance.set_options(uid, options_of(request.arguments))
+            instance.set_options(uid, options)
     return uids
 
 
@@ -74,17 +72,6 @@ def batch_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return response
 
 
-def is_batchable(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    (arguments,) = args
-    model = instance.model_provider.model
-    if wrapped(*args, **kwargs) or model is None or record_of(model).served is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._speculation import can_share
-
-    unseeded = dataclasses.replace(arguments, seed=None)
-    return can_share(arguments) and wrapped(unseeded)
-
-
 def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     flags = instance.cli_args
     asks = getattr(flags, "mtp", None) or getattr(flags, "draft", None)
@@ -96,7 +83,7 @@ def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         check_draft_model(draft_model)
     wrapped(*args, **kwargs)
     if asks and instance.draft_model is None:
-        from ..serving._speculation import serve_speculatively
+        from ..serving import serve_speculatively
 
         try:
             serve_speculatively(instance)
@@ -105,26 +92,3 @@ def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             # without speculation.
             instance.reset()
             raise
-
-
-def serve_single(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (served := record_of(instance.model_provider.model).served) is None:
-        return wrapped(*args, **kwargs)
-    from ..serving._speculation import options_of
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    *_, arguments = call.arguments["request"]
-    options = options_of(arguments)
-    if options.num_draft_tokens == 0:
-        return wrapped(*args, **kwargs)
-    request = Request(
-        draft=served.drafter,
-        num_draft_tokens=options.num_draft_tokens,
-        stats=options.stats,
-        seed=options.seed,
-    )
-    token = current.set(request)
-    try:
-        return wrapped(*args, **kwargs)
-    finally:
-        current.reset(token)

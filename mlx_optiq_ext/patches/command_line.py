@@ -32,14 +32,16 @@ DRAFT_VOCAB_HELP = (
     "with the lowest ids) or those whose ids a file has, one a line or as a JSON list. "
     "Drafts cost less, and the output stays the same."
 )
-# Of what it takes, only an ordinary draft model keeps anything of a prompt.
+# This command gets no --draft: of all that --draft accepts, only an ordinary draft
+# model keeps anything of a prompt.
 WITHOUT_DRAFT = "mlx_lm.cache_prompt"
 
 
 class SpeculationParser(argparse.ArgumentParser):
-    """Checks the flags for speculation and remembers what they ask for."""
+    """A parser that checks the flags for speculation and stores them as the request."""
 
-    num_draft_tokens: NumDraftTokens | None = None  # upstream's default
+    # This is the default that mlx-lm's own parser has.
+    num_draft_tokens: NumDraftTokens | None = None
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed = super().parse_args(args, namespace)
@@ -70,7 +72,7 @@ class SpeculationParser(argparse.ArgumentParser):
             self.error(f"argument {given[0]}: not allowed with argument {given[1]}")
 
     def _take_draft(self, parsed: argparse.Namespace) -> str | None:
-        """The drafter asked for, also where upstream would look for a draft model."""
+        """Return what ``--draft`` names, or ``--draft-model`` if it names a drafter."""
         draft_model = getattr(parsed, "draft_model", None)
         if draft_model is not None:
             from ..drafters import is_draft_model
@@ -95,7 +97,12 @@ def setup_arg_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
 
 
 def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
-    """Add the flags for speculation that upstream's parser does not have."""
+    """Add the flags for speculation that mlx-lm's parser does not have.
+
+    Args:
+        parser (SpeculationParser): The parser of a command.
+        with_draft (bool): Whether the command can use a drafter that is named.
+    """
     parser.num_draft_tokens = parser.get_default("num_draft_tokens")
     if parser.num_draft_tokens is None:
         parser.add_argument("--num-draft-tokens")

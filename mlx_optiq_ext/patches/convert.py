@@ -1,4 +1,4 @@
-"""Wrappers for what writes models in mlx-lm: their MTP head is kept.
+"""Wrappers that keep the MTP head of a model where mlx-lm writes models.
 
 ``mlx_lm.utils.save`` is called by ``convert``, ``fuse`` and the commands that learn a
 quantisation.
@@ -33,7 +33,7 @@ keeps_head: ContextVar[bool] = ContextVar("keeps_head", default=True)
 
 def configure_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     parser = wrapped(*args, **kwargs)
-    # Without the flag, convert gets the arguments that it always got.
+    # SUPPRESS makes convert get no new argument unless the flag is given.
     parser.add_argument(
         "--no-mtp",
         dest="mtp",
@@ -62,8 +62,8 @@ def save(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     model = call.arguments["model"]
     if not keeps_head.get() or not _may_have_head(model):
         return wrapped(*args, **kwargs)
-    # The head is loaded first, for the model may be donated: then its weights are gone
-    # when it is written.
+    # The head is loaded before the model is written, because a donated model has lost
+    # its weights by then.
     head = _head_to_keep(model, call.arguments)
     saved = wrapped(*args, **kwargs)
     if head is not None:
@@ -78,7 +78,7 @@ def _may_have_head(model: Any) -> bool:
 
 
 def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
-    """The head to write with a model. If one is declared in vain, that is warned of."""
+    """Load the head to write with a model, and warn if a declared one is not found."""
     from ..heads import Host, carry_head
 
     config = arguments["config"]
@@ -87,7 +87,7 @@ def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
     try:
         head = carry_head(sources, Host.of(model), config)
         reason = DECLARED.format(" or ".join(sources))
-    # Whatever is wrong with a head, the model is written.
+    # The model is written whatever is wrong with its head.
     except Exception as error:
         head, reason = None, _reason(error)
     text_config = config.get("text_config") or config
@@ -97,21 +97,21 @@ def _head_to_keep(model: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _full(place: str | Path) -> str:
-    """The whole path of a place on this machine; a Hub id stays as it is."""
+    """Make the path of a place on this machine absolute; a Hub id stays as it is."""
     return str(Path(place).absolute() if Path(place).exists() else place)
 
 
 def _keep(head: Any, folder: Path) -> None:
-    """Write a head beside a model that is written, and say whether that worked."""
+    """Write a head beside the model just written, and say whether that worked."""
     from ..heads import add_sidecar
 
     try:
         file = add_sidecar(folder, head)
-    # The model is whole, and that is what was asked for.
+    # An error would suggest that the model is not written, but it is.
     except Exception as error:
         _warn_not_kept(_reason(error), folder)
         return
-    # Beside the lines that mlx-lm prints.
+    # This line stands beside those that mlx-lm prints.
     print(f"[INFO] Kept the MTP head in {file}")  # noqa: T201
 
 

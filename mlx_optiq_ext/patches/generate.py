@@ -1,7 +1,7 @@
 """Wrappers for ``mlx_lm.generate``.
 
-What speculation needs is imported when it is asked for, so that ``import mlx_lm`` stays
-as fast as it was.
+The modules for speculation are imported when it is asked for, so that ``import mlx_lm``
+stays as fast as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     options["draft_model"] = drafting
     text = wrapped(*call.args, **call.kwargs)
     if call.arguments.get("verbose") and isinstance(drafting, Speculation):
-        # Beside the lines that mlx-lm prints.
+        # This line stands beside those that mlx-lm prints.
         print(f"Speculation: {drafting.stats}")  # noqa: T201
     return text
 

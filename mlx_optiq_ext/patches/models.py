@@ -1,4 +1,4 @@
-"""Wrappers for what mlx-lm's models compute: recurrence and attention."""
+"""Wrappers for the recurrence and the attention of mlx-lm's models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gated_delta_update(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
 
 @cache
 def _recorder() -> ContextVar[Any]:
-    """Imported late: whoever only loads mlx-lm needs nothing of what it imports."""
+    """Import the recorder late, so that loading mlx-lm does not import our modules."""
     from ..rollback import recorder
 
     return recorder
@@ -28,7 +28,7 @@ def scaled_dot_product_attention(
     wrapped: Any, instance: Any, args: Any, kwargs: Any
 ) -> Any:
     keys = args[1] if len(args) > 1 else kwargs["keys"]
-    # Those of mlx-lm's own entries, quantised or not.
+    # Keys of mlx-lm's own cache entries are arrays, or sequences if quantised.
     if isinstance(keys, (mx.array, tuple, list)):
         return wrapped(*args, **kwargs)
     return _attend(wrapped, *args, **kwargs)
@@ -44,5 +44,5 @@ def _attend(
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Let keys of ours do it; the parameters are those of mlx-lm's function."""
+    """Let our keys attend; the parameters are those of mlx-lm's function."""
     return keys.attend(attention, queries, scale, mask, sinks)

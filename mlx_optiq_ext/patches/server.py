@@ -11,9 +11,6 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import nullcontext
-from dataclasses import replace
-from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -23,7 +20,6 @@ from .._errors import SpeculationError
 from .._options import AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
-NO_MODEL = "there is no default model: start the server with --model, or name one"
 RECOMMENDED_HELP = (
     "Sample as the model's generation_config.json recommends, penalties included, "
     "where neither a request nor --temp, --top-p, --top-k or --min-p says otherwise. "
@@ -44,27 +40,6 @@ EXIT_STATUS = (
     "cannot be listened at, 2 for wrong arguments."
 )
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
-
-
-class Server(ThreadingHTTPServer):
-    """A server to which many may connect at once, and go without a traceback."""
-
-    request_queue_size = 128
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
-            super().handle_error(request, client_address)
-
-
-class CommandServer(Server):
-    """The server of mlx-lm's command, which ends as a program does."""
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        try:
-            super().serve_forever(poll_interval)
-        except KeyboardInterrupt:
-            # mlx-lm would wait for the end of a generation that nobody reads any more.
-            end_process(*INTERRUPTED)
 
 
 class ServerParser(SpeculationParser):
@@ -150,142 +125,35 @@ def _settle_sampling(parsed: argparse.Namespace, defaults: dict[str, Any]) -> No
 FLAGS = (add_serving_flags, add_flags)
 
 
-def parse_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._routes import serve
-
-    if wrapped(*args, **kwargs):
-        serve(instance)
-    # The request is answered, with an error or without: there is nothing left to do.
-    return False
-
-
-def handle(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import IDLE_TIMEOUT
-
-    instance.connection.settimeout(IDLE_TIMEOUT)
-    return wrapped(*args, **kwargs)
-
-
-def send_error(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._malformed import send_malformed
+def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Serve with our classes in the places of mlx-lm's."""
+    from ._classes import serve
 
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    send_malformed(instance, call.arguments["code"], call.arguments.get("message"))
+    host, port, provider = call.args[:3]
+    if not is_local(host) and getattr(provider.cli_args, "api_key", None) is None:
+        # Not by logging, which may be told to be silent.
+        warnings.warn(UNGUARDED.format(host), stacklevel=2)
+    try:
+        serve(host, port, provider, is_command=is_command(provider))
+    except (OSError, OverflowError) as exc:
+        if not is_command(provider):
+            raise
+        # The generation thread would keep the process alive.
+        end_process(f"error: cannot listen at {host}, port {port}: {exc}", 1)
 
 
-def log_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current, printable
+def logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    processors = wrapped(*args, **kwargs)
+    if not getattr(args[0], "is_single", False):
+        return processors
+    from ..serving import with_cached_tokens
 
-    if (exchange := current.get()) is not None:
-        call = inspect.signature(wrapped).bind(*args, **kwargs)
-        exchange.measured.status = int(call.arguments["code"])
-    # Queries carry tokens, which nobody expects in a log.
-    line, _, rest = instance.requestline.partition("?")
-    version = rest.rpartition(" ")[2]
-    instance.requestline = printable(f"{line} {version}".strip())
-    return wrapped(*args, **kwargs)
-
-
-def set_completion_headers(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current
-    from ..serving._routes import UpstreamError
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    exchange = current.get()
-    is_error = call.arguments.get("status_code", 200) >= 400
-    if not is_error or exchange is None or not exchange.translates_errors:
-        return wrapped(*args, **kwargs)
-    raise UpstreamError from sys.exception()
-
-
-def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._errors import APIError
-    from ..serving._exchange import current
-    from ..serving._models import DEFAULT_MODEL, loadable_name
-    from ..serving._sampling import note_given
-    from ..serving._state import state_of
-
-    exchange = current.get()
-    if exchange is None:
-        return wrapped(*args, **kwargs)
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    model = call.arguments["generation_args"].model
-    model.model = loadable_name(model.model, instance.cli_args, model.adapter)
-    defaults = getattr(instance.model_provider, "_model_map", {})
-    if model.model == DEFAULT_MODEL and defaults.get(DEFAULT_MODEL, "") is None:
-        raise APIError(404, NO_MODEL, param="model", code="model_not_found")
-    exchange.arguments = call.arguments["generation_args"]
-    chat = getattr(call.arguments["request"], "chat", None)
-    body = exchange.handler.body if chat is None else chat.body
-    note_given(exchange.arguments, body, instance.cli_args)
-    exchange.context, responses = wrapped(*args, **kwargs)
-    state_of(instance).exchanges.add(exchange)
-    return exchange.context, exchange.measured.count(responses)
-
-
-def await_response(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import WatchedQueue, current
-
-    exchange = current.get()
-    if exchange is None:
-        return wrapped(*args, **kwargs)
-    queue = args[0] if args else kwargs["response_queue"]
-    return wrapped(WatchedQueue(queue, exchange))
-
-
-def next_request(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._recovery import admit
-
-    return admit(instance, wrapped(*args, **kwargs))
-
-
-def generation_loop(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._recovery import run_again
-
-    return run_again(instance, wrapped)
-
-
-def tokenize(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving import _generation
-    from ..serving._images import has_images, reading_images
-    from ..serving._sampling import recommend
-    from ..serving._speculation import check_draft_tokens, speculation_of
-    from ._request import Request, current
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    tokenizer, request, arguments = call.args
-    recommend(arguments, instance.model_provider.model, len(tokenizer))
-    is_ours = isinstance(request, _generation.ChatRequest)
-    if is_ours:
-        _generation.check_request(instance, tokenizer, request)
-    images = reading_images() if has_images(request.messages) else nullcontext()
-    with images:
-        tokenized = wrapped(*args, **kwargs)
-    if is_ours:
-        tokenized = _generation.finish_prompt(
-            instance, tokenizer, request, arguments, tokenized
-        )
-    _generation.check_generation(tokenizer, arguments, tokenized[0])
-    if speculation_of(instance.model_provider.model) is not None:
-        check_draft_tokens(arguments)
-    current.set(replace(current.get() or Request(), arguments=arguments))
-    return tokenized
-
-
-def response_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._prompt_cache import PromptCache
-
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    provider = call.arguments["model_provider"]
-    # Processes that share a model must keep the same, so theirs is left as it is.
-    if is_command(provider) and not provider.is_distributed:
-        # Its thread begins to use the cache at once.
-        call.arguments["prompt_cache"] = PromptCache.of(provider.cli_args)
-    return wrapped(*call.args, **call.kwargs)
+    return with_cached_tokens(processors, args[0])
 
 
 def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._errors import LOADING
+    from ..serving import LOADING
 
     try:
         return wrapped(*args, **kwargs)
@@ -295,7 +163,7 @@ def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._sampling import describe_recommended
+    from ..serving import describe_recommended
 
     try:
         wrapped(*args, **kwargs)
@@ -311,20 +179,6 @@ def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         logging.warning(line)
 
 
-def with_counts(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from ..serving._exchange import current
-
-    response = wrapped(*args, **kwargs)
-    exchange = current.get()
-    if exchange is not None and exchange.arguments is not None:
-        from ..serving._carried import carried_by
-        from ..serving._speculation import add_counts
-
-        if (stats := carried_by(exchange.arguments).stats) is not None:
-            add_counts(response, stats)
-    return response
-
-
 def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from huggingface_hub import CacheNotFound
 
@@ -333,26 +187,6 @@ def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     except CacheNotFound:
         return SimpleNamespace(repos=frozenset())
-
-
-def run_http_server(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    host = call.arguments["host"]
-    generator = call.arguments["response_generator"]
-    is_ours = is_command(generator.model_provider)
-    call.arguments.setdefault("server_class", CommandServer if is_ours else Server)
-    cli_args = generator.cli_args
-    if not is_local(host) and getattr(cli_args, "api_key", None) is None:
-        # Not by logging, which may be told to be silent.
-        warnings.warn(UNGUARDED.format(host), stacklevel=2)
-    try:
-        return wrapped(*call.args, **call.kwargs)
-    except (OSError, OverflowError) as exc:
-        if not is_ours:
-            raise
-        # The generation thread would keep the process alive.
-        port = call.arguments["port"]
-        end_process(f"error: cannot listen at {host}, port {port}: {exc}", 1)
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Wrapper for ``mlx_lm.utils``: models remember where they came from."""
+"""A wrapper for ``mlx_lm.utils`` that records where models are loaded from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._record import record_of
 def load_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model, config = wrapped(*args, **kwargs)
-    # The path must outlive a change of the working folder. Links in it stay: by them a
-    # snapshot in the Hub's cache is recognised.
+    # The path must outlive a change of the working folder. Links in it are not resolved
+    # because they tell a snapshot in the Hub's cache.
     record_of(model).source = Path(call.arguments["model_path"]).absolute()
     return model, config

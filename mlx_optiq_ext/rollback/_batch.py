@@ -1,22 +1,23 @@
 """Cache entries of several sequences, each at an offset of its own.
 
-Sequences are padded on the right: the rows of each stand where they would stand alone.
-So sums are taken in the order of plain decoding, and behind a sequence there is nothing
-but rows that are masked.
-
 Invariant: between passes, ``offsets[i]`` rows of sequence ``i`` count. What is behind
 them is never read, and what is before them is what plain decoding would have computed.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
 
 from .._errors import SpeculationError
 from ._recurrence import (
@@ -25,166 +26,16 @@ from ._recurrence import (
     has_known_recurrence,
     prepare_recurrence,
 )
+from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
+from ._transaction import check_entries
 
-STEP = 256  # rows by which the arrays grow, as in mlx-lm's KVCache
-MASK_POSITION = 8  # of gated_delta_update's arguments
+STATE_POSITION, MASK_POSITION = 7, 8  # of gated_delta_update's arguments
+
+# Modules of mlx-lm, and classes in them, that need the offset as a number.
+_NEED_NUMBERS = {"gpt_bigcode", "llama4", "llama4_text", "deepseek_v41"}
+_NEED_NUMBERS_CLASSES = {"DynamicNTKScalingRoPE"}
 
 Forward = Callable[[list[Any], int], Any]
-
-
-class Offsets:
-    """How many tokens each sequence of a batch holds.
-
-    ``known`` are the numbers on the host. The array that passes read is made of them.
-    """
-
-    def __init__(self) -> None:
-        self.known: list[int] = []
-        self._array: mx.array | None = None
-
-    def set(self, numbers: Sequence[int]) -> None:
-        self.known, self._array = list(numbers), None
-
-    @property
-    def array(self) -> mx.array:
-        if self._array is None:
-            self._array = mx.array(self.known, mx.int32)
-        return self._array
-
-
-class BatchKV:
-    """Keys and values of full attention, as mlx-lm's models use an entry.
-
-    Args:
-        offsets (Offsets): Of the batch, which moves them on after a pass.
-    """
-
-    def __init__(self, offsets: Offsets):
-        self._offsets = offsets
-        self._num_sequences = 0
-        self.keys: Any = None
-        self.values: Any = None
-
-    @property
-    def offset(self) -> mx.array:
-        """The position of the next row of each sequence, ``[num_sequences]``."""
-        return self._offsets.array
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.state)
-
-    @property
-    def state(self) -> list[mx.array]:
-        return [x for x in (self.keys, self.values) if x is not None]
-
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array:
-        """What each new row sees, ``[num_sequences, 1, N, num_rows]``."""
-        rows = self._offsets.array[:, None] + mx.arange(N)
-        slots = mx.arange(max(self._offsets.known) + N)
-        mask = slots <= rows[..., None]
-        if window_size is not None:
-            mask = mask & (slots > rows[..., None] - window_size)
-        return mask[:, None]
-
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        num_rows = max(self._offsets.known) + keys.shape[2]
-        self._reserve(num_rows, keys, values)
-        self.keys = self._write(self.keys, keys)
-        self.values = self._write(self.values, values)
-        return self.keys[..., :num_rows, :], self.values[..., :num_rows, :]
-
-    def join(self, entry: KVCache) -> None:
-        self._num_sequences += 1
-        if entry.keys is None:
-            if self.keys is not None:
-                self.keys, self.values = map(_with_another, (self.keys, self.values))
-            return
-        keys, values = entry.keys_and_values()
-        if self.keys is None:
-            # Those before it are empty, and are allocated now.
-            self._reserve(1, keys, values, self._num_sequences - 1)
-        capacity = max(self.keys.shape[2] if self.keys is not None else 0, STEP)
-        size = -(-max(capacity, keys.shape[2]) // STEP) * STEP
-        pairs = ((self.keys, keys), (self.values, values))
-        self.keys, self.values = (
-            _stacked(mine, _padded(new, size), size) for mine, new in pairs
-        )
-
-    def extract(self, index: int, num_tokens: int) -> KVCache:
-        entry = KVCache()
-        if num_tokens and self.keys is not None:
-            rows = slice(index, index + 1), slice(None), slice(num_tokens)
-            entry.keys, entry.values = self.keys[rows], self.values[rows]
-            entry.offset = num_tokens
-        return entry
-
-    def filter(self, indices: mx.array) -> None:
-        self._num_sequences = indices.size
-        if self.keys is not None:
-            self.keys, self.values = self.keys[indices], self.values[indices]
-
-    def _reserve(
-        self,
-        num_rows: int,
-        keys: mx.array,
-        values: mx.array,
-        num_sequences: int | None = None,
-    ) -> None:
-        size = -(-num_rows // STEP) * STEP
-        if self.keys is not None:
-            self.keys, self.values = (
-                _padded(array, size) for array in (self.keys, self.values)
-            )
-        elif number := num_sequences if num_sequences is not None else keys.shape[0]:
-            self.keys, self.values = (
-                mx.zeros((number, x.shape[1], size, x.shape[3]), x.dtype)
-                for x in (keys, values)
-            )
-
-    def _write(self, buffer: Any, rows: mx.array) -> mx.array:
-        places = self._offsets.array[:, None] + mx.arange(rows.shape[2])
-        places = mx.broadcast_to(places[:, None, :, None], rows.shape)
-        return mx.put_along_axis(buffer, places, rows, axis=2)
-
-
-def _padded(array: mx.array, size: int) -> mx.array:
-    missing = max(size - array.shape[2], 0)
-    return mx.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else array
-
-
-def _stacked(mine: mx.array | None, new: mx.array, size: int) -> mx.array:
-    return new if mine is None else mx.concatenate([_padded(mine, size), new])
-
-
-def _with_another(array: mx.array | None) -> mx.array | None:
-    """The array with room for one more sequence."""
-    if array is None:
-        return None
-    return mx.concatenate([array, mx.zeros((1, *array.shape[1:]), array.dtype)])
-
-
-class BatchStates(ArraysCache):
-    """States of a recurrent layer: of its convolution, and of the recurrence."""
-
-    cache: list[mx.array | None]
-
-    def __init__(self) -> None:
-        super().__init__(2)
-
-    def join(self, entry: ArraysCache) -> None:
-        for slot in range(2):
-            new, mine = entry[slot], self[slot]
-            if new is None:
-                raise SpeculationError("Cannot speculate: a recurrent entry is empty.")
-            self[slot] = new if mine is None else mx.concatenate([mine, new])
-
-    def take(self, indices: mx.array) -> None:
-        self.cache = [None if x is None else x[indices] for x in self.cache]
 
 
 class Batch:
@@ -197,8 +48,13 @@ class Batch:
 
     def __init__(self, model: nn.Module | None = None):
         self.entries: list[Any] = []
+        self._model = model
         self._offsets = Offsets()
         self._before: list[int] = []
+        self._before_array: Any = None
+        # Of every pass whose numbers the host is yet to learn: which one, and its rows.
+        self._unlearned: list[tuple[int, int]] = []
+        self._num_passes = 0
         self._num_rows = 0
         self._tape: Tape | None = None
         self._is_recurrent = model is not None and has_known_recurrence(model)
@@ -207,7 +63,7 @@ class Batch:
 
     @property
     def num_sequences(self) -> int:
-        return len(self._offsets.known)
+        return len(self._offsets.most)
 
     @property
     def offsets(self) -> mx.array:
@@ -217,51 +73,95 @@ class Batch:
     def join(self, cache: Sequence[Any]) -> None:
         """Take in stock entries of one sequence, which are copied.
 
+        Args:
+            cache (Sequence[Any]): Its prompt cache.
+
         Raises:
             SpeculationError: If they cannot be taken in. Nothing is changed then.
         """
-        for entry in cache:
-            self._check(entry)
-        if not self.entries:
-            self.entries = [
-                BatchKV(self._offsets) if type(entry) is KVCache else BatchStates()
-                for entry in cache
-            ]
-        for mine, entry in zip(self.entries, cache, strict=True):
+        check_entries(cache, self._model)
+        self._check_model()
+        entries = self.entries or [self._made(entry) for entry in cache]
+        stock = list(_leaves(cache))
+        for mine, entry in zip(_leaves(entries), stock, strict=True):
+            mine.check(entry)
+        self._end_pass()
+        for mine, entry in zip(_leaves(entries), stock, strict=True):
             mine.join(entry)
-        num_tokens = max((getattr(e, "offset", 0) for e in cache), default=0)
-        self._offsets.set([*self._offsets.known, num_tokens])
+        self.entries = entries
+        num_tokens = max((getattr(entry, "offset", 0) for entry in stock), default=0)
+        self._offsets.set([*self._offsets.most, num_tokens])
 
     def run(self, forward: Forward, num_rows: int) -> Any:
-        """Call ``forward(entries, num_rows)``, which feeds each sequence so many rows.
+        """Make a pass over all sequences.
 
         All rows are kept until ``keep`` says otherwise.
+
+        Args:
+            forward (Callable): Called with the entries and ``num_rows``; it feeds the
+                model tokens ``[num_sequences, num_rows]``.
+            num_rows (int): Rows of the pass.
+
+        Returns:
+            What ``forward`` returns.
         """
-        self._before, self._num_rows = self._offsets.known, num_rows
-        self._tape = Tape() if self._recurrent else None
+        self._end_pass()
+        self._before, self._num_rows = self._offsets.most, num_rows
+        self._num_passes += 1
+        self._before_array = self._offsets.array
+        self._tape = Tape() if self._states else None
         try:
             if self._tape is None:
                 return forward(self.entries, num_rows)
             with self._tape.recording():
                 return forward(self.entries, num_rows)
         finally:
-            self._offsets.set([number + num_rows for number in self._before])
+            self._offsets.set(
+                [number + num_rows for number in self._before],
+                self._before_array + num_rows,
+            )
 
-    def keep(self, num_rows: Sequence[int]) -> None:
-        """Take back what each sequence has behind its first rows of the last pass."""
-        numbers = list(num_rows)
-        kept = [n + rows for n, rows in zip(self._before, numbers, strict=True)]
-        self._offsets.set(kept)
-        if self._recurrent and any(number < self._num_rows for number in numbers):
-            rows = mx.array(numbers, mx.int32)
-            for entry, replayed in zip(
-                self._recurrent, self._replayed(rows), strict=True
-            ):
+    def keep(self, num_rows: Sequence[int] | mx.array) -> None:
+        """Take back what each sequence has behind its first rows of the last pass.
+
+        Args:
+            num_rows (Sequence[int] or mx.array): How many rows each keeps. Give an
+                array, of integers, if the host does not know; ``learn`` tells it later.
+        """
+        is_known = not isinstance(num_rows, mx.array)
+        array = mx.array(num_rows, mx.int32) if is_known else num_rows
+        is_all = is_known and all(number == self._num_rows for number in num_rows)
+        self._offsets.set(self._offsets.most, self._before_array + array)
+        if is_known:
+            numbers = zip(self._before, num_rows, strict=True)
+            self._offsets.set([before + rows for before, rows in numbers])
+        else:
+            self._unlearned.append((self._num_passes, self._num_rows))
+        for entry in self._attended:
+            entry.keep(array, is_all)
+        if self._states and not is_all:
+            states = self._replayed(array)
+            for entry, replayed in zip(self._states, states, strict=True):
                 entry.cache = replayed
 
+    def learn(self, num_rows: Sequence[int]) -> None:
+        """Tell the host what an array told ``keep``, of the oldest such call.
+
+        Args:
+            num_rows (Sequence[int]): How many rows each sequence kept.
+        """
+        number, num_all = self._unlearned.pop(0)
+        surplus = [num_all - num_kept for num_kept in num_rows]
+        most = zip(self._offsets.most, surplus, strict=True)
+        self._offsets.set([a - b for a, b in most], self._offsets.array)
+        if self._before and number < self._num_passes:
+            before = zip(self._before, surplus, strict=True)
+            self._before = [a - b for a, b in before]
+
     def take_back(self, num_rows: int) -> None:
-        """Take back the latest rows of every sequence; there may be no recurrence."""
-        self._offsets.set([number - num_rows for number in self._offsets.known])
+        """Take back the latest rows of every sequence, which are all append-only."""
+        most = [number - num_rows for number in self._offsets.most]
+        self._offsets.set(most, self._offsets.array - num_rows)
 
     def extract(self, index: int, num_tokens: int | None = None) -> list[Any]:
         """Stock entries of one sequence that hold its first tokens.
@@ -271,42 +171,84 @@ class Batch:
             num_tokens (int, optional): At least as many as before the last pass.
                 Default: all.
         """
-        number = self._offsets.known[index] if num_tokens is None else num_tokens
+        number = self._offsets.most[index] if num_tokens is None else num_tokens
+        kept = number - self._before[index] if self._before else None
         states = iter(self._states_of(index, number))
         return [
-            entry.extract(index, number) if isinstance(entry, BatchKV) else next(states)
+            self._extracted(entry, index, number, kept, states)
             for entry in self.entries
         ]
 
     def filter(self, indices: Sequence[int]) -> None:
-        """Keep only these sequences, in this order."""
+        """Keep only these sequences, in this order; between ``keep`` and ``run``."""
+        self._end_pass()
         if not indices:
             self.entries = []
             self._offsets.set([])
-            self._before = []
             return
         order = mx.array(list(indices))
-        for entry in self.entries:
-            if isinstance(entry, BatchKV):
-                entry.filter(order)
-            else:
-                entry.take(order)
-        self._offsets.set([self._offsets.known[index] for index in indices])
-        self._before = []
+        for entry in _leaves(self.entries):
+            entry.filter(order)
+        most = [self._offsets.most[index] for index in indices]
+        self._offsets.set(most, self._offsets.array[order])
 
     @property
-    def _recurrent(self) -> list[BatchStates]:
-        return [entry for entry in self.entries if isinstance(entry, BatchStates)]
+    def _states(self) -> list[BatchStates]:
+        return [e for e in _leaves(self.entries) if isinstance(e, BatchStates)]
 
-    def _check(self, entry: Any) -> None:
-        is_known = type(entry) is KVCache or (
-            type(entry) is ArraysCache and self._is_recurrent
+    @property
+    def _attended(self) -> list[BatchKV]:
+        return [e for e in _leaves(self.entries) if isinstance(e, BatchKV)]
+
+    def _end_pass(self) -> None:
+        """Forget what could be taken back of the last pass."""
+        self._before, self._before_array, self._tape = [], None, None
+        for entry in self._attended:
+            entry.end()
+
+    def _check_model(self) -> None:
+        for module in [] if self._model is None else self._model.modules():
+            name = type(module).__module__.removeprefix("mlx_lm.models.")
+            if name in _NEED_NUMBERS or type(module).__name__ in _NEED_NUMBERS_CLASSES:
+                raise SpeculationError(
+                    "Cannot speculate for several sequences in one pass: "
+                    f"{type(module).__name__} of {name} needs one offset for all."
+                )
+
+    def _made(self, entry: Any) -> Any:
+        """An empty entry for sequences with entries like this."""
+        if type(entry) is CacheList:
+            return CacheList(*(self._made(inner) for inner in entry.caches))
+        if type(entry) is KVCache:
+            return BatchKV(self._offsets)
+        if type(entry) is QuantizedKVCache:
+            return BatchQuantizedKV(self._offsets, entry.group_size, entry.bits)
+        if type(entry) is RotatingKVCache and not entry.empty():
+            return BatchRing(self._offsets, entry.max_size, entry.keep)
+        if type(entry) is ArraysCache and self._is_recurrent:
+            return BatchStates()
+        raise SpeculationError(
+            "Cannot speculate for several sequences in one pass: a prompt cache "
+            f"entry is a {type(entry).__name__}."
         )
-        if not is_known:
-            raise SpeculationError(
-                "Cannot speculate for several sequences in one pass: a prompt cache "
-                f"entry is a {type(entry).__name__}."
+
+    def _extracted(
+        self,
+        entry: Any,
+        index: int,
+        num_tokens: int,
+        num_kept: int | None,
+        states: Iterator[ArraysCache],
+    ) -> Any:
+        if isinstance(entry, CacheList):
+            inner = (
+                self._extracted(one, index, num_tokens, num_kept, states)
+                for one in entry.caches
             )
+            return CacheList(*inner)
+        if isinstance(entry, BatchStates):
+            return next(states)
+        return entry.extract(index, num_tokens, num_kept)
 
     def _replayed(
         self, num_rows: mx.array, index: int | None = None
@@ -314,34 +256,42 @@ class Batch:
         """States after the first rows of the last pass, of all sequences or of one."""
         assert self._tape is not None
         one = slice(None) if index is None else slice(index, index + 1)
-        recorded = self._tape.recorded(len(self._recurrent))
         found = []
-        for conv_input, (update, args, kwargs) in recorded:
+        for conv_input, (update, args, kwargs) in self._tape.recorded(
+            len(self._states)
+        ):
             inputs = [x[one] for x in args[:NUM_ROW_INPUTS]]
             num_state_rows = conv_input.shape[1] - inputs[0].shape[1]
             places = num_rows[:, None] + mx.arange(num_state_rows)
             conv = mx.take_along_axis(conv_input[one], places[..., None], axis=1)
             mask = mx.arange(inputs[0].shape[1]) < num_rows[:, None]
-            rest = list(args[NUM_ROW_INPUTS:MASK_POSITION])
-            rest[-1] = rest[-1][one]
-            _, state = update(*inputs, *rest, mask, **kwargs)
+            constants = args[NUM_ROW_INPUTS:STATE_POSITION]
+            state = args[STATE_POSITION][one]
+            _, state = update(*inputs, *constants, state, mask, **kwargs)
             found.append([conv, state])
         return found
 
     def _states_of(self, index: int, num_tokens: int) -> list[ArraysCache]:
         """Stock entries of the recurrent layers of one sequence."""
-        if not self._recurrent:
+        if not self._states:
             return []
-        if num_tokens == self._offsets.known[index]:
-            rows = slice(index, index + 1)
+        one = slice(index, index + 1)
+        if num_tokens == self._offsets.most[index]:
             kept = [
-                [x[rows] for x in entry.cache if x is not None]
-                for entry in self._recurrent
+                [x[one] for x in entry.cache if x is not None] for entry in self._states
             ]
         else:
             number = mx.array([num_tokens - self._before[index]], mx.int32)
             kept = self._replayed(number, index)
         entries = [ArraysCache(2) for _ in kept]
-        for entry, arrays in zip(entries, itertools.chain(kept), strict=True):
+        for entry, arrays in zip(entries, kept, strict=True):
             entry.cache = [mx.contiguous(array) for array in arrays]
         return entries
+
+
+def _leaves(entries: Sequence[Any]) -> Iterator[Any]:
+    for entry in entries:
+        if isinstance(entry, CacheList):
+            yield from _leaves(entry.caches)
+        else:
+            yield entry

@@ -1,4 +1,4 @@
-"""Inputs of the gated delta recurrence, kept so that a shorter run can be replayed.
+"""Records the inputs of the gated delta recurrence, so that fewer rows can be replayed.
 
 A verify pass leaves a recurrent layer with the state after its last row. The state
 after an earlier row is found by running mlx-lm's own recurrence again on fewer rows,
@@ -23,7 +23,8 @@ NUM_ROW_INPUTS = 5  # q, k, v, a, b of gated_delta_update have a row for each to
 
 Recorder = Callable[[Any, Any, Any], None]
 
-# Called with mlx-lm's recurrence and its arguments, while a pass may be rolled back.
+# While a pass may be rolled back, the recorder is called with mlx-lm's recurrence and
+# its arguments.
 recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 _active: ContextVar[Tape | None] = ContextVar("active", default=None)
@@ -39,7 +40,7 @@ class TapedConv1d(nn.Conv1d):
 
 
 class Tape:
-    """What the recurrent layers of one model read during one forward pass."""
+    """The inputs of one model's recurrent layers during one forward pass."""
 
     def __init__(self) -> None:
         self.conv_inputs: list[mx.array] = []
@@ -55,7 +56,13 @@ class Tape:
             recorder.reset(tokens[1])
 
     def has_all(self, num_layers: int) -> bool:
-        """Whether every layer was recorded; none is while mlx-lm is not patched."""
+        """Tell whether every layer was recorded.
+
+        No update is recorded while mlx-lm is not patched.
+
+        Args:
+            num_layers (int): The number of recurrent layers of the model.
+        """
         return len(self.conv_inputs) == len(self._updates) == num_layers
 
     def recorded(self, num_layers: int) -> list[tuple[mx.array, tuple[Any, Any, Any]]]:
@@ -69,7 +76,13 @@ class Tape:
         return list(zip(self.conv_inputs, self._updates, strict=True))
 
     def replay(self, entries: Sequence[ArraysCache], num_rows: int) -> None:
-        """Set the recurrent states to those after the first ``num_rows`` rows."""
+        """Set the recurrent states to those after the first rows of the pass.
+
+        Args:
+            entries (Sequence[ArraysCache]): The entries of the recurrent layers, in
+              order, with the states from before the pass.
+            num_rows (int): How many rows to keep, at least 1.
+        """
         recorded = zip(entries, self.conv_inputs, self._updates, strict=True)
         for entry, conv_input, (update, args, kwargs) in recorded:
             inputs = args[:NUM_ROW_INPUTS]
@@ -85,7 +98,11 @@ class Tape:
 
 
 def has_known_recurrence(model: nn.Module) -> bool:
-    """Whether a model is recurrent, and in a way that can be replayed from a tape."""
+    """Tell whether a model is recurrent in a way that a tape can replay.
+
+    Args:
+        model (nn.Module): A model of any family.
+    """
     mixers = _mixers(model)
     return bool(mixers) and all(isinstance(mixer, GatedDeltaNet) for mixer in mixers)
 
@@ -94,6 +111,9 @@ def prepare_recurrence(model: nn.Module) -> None:
     """Let the convolutions of a known recurrence show their input to a tape.
 
     Nothing else about the model changes.
+
+    Args:
+        model (nn.Module): A model for which ``has_known_recurrence`` is true.
     """
     for mixer in _mixers(model):
         if type(mixer.conv1d) is nn.Conv1d:

@@ -21,14 +21,16 @@ KeysAndValues = tuple[mx.array, mx.array]
 
 
 class SlotOrderRing:
-    """What a model is handed in place of a ring, for one pass.
+    """The cache entry that a model is handed in place of a ring, for one pass.
 
     A single row is written at once, as mlx-lm does it. Several rows are kept back until
-    it is known how many of them stay, and each reads the slots that it would find.
+    it is known how many of them stay. Meanwhile each of them reads the slots as they
+    would be if the rows before it had been written one at a time.
 
     Args:
         ring (RotatingKVCache): mlx-lm's ring, which is written to.
-        shared (dict): What the rings of one pass have in common.
+        shared (dict): Masks and slot indices that the rings of one pass have in common,
+          by their name and what they depend on.
     """
 
     def __init__(self, ring: RotatingKVCache, shared: dict[Any, mx.array]):
@@ -63,13 +65,13 @@ class SlotOrderRing:
         return self.keys_and_values()
 
     def keys_and_values(self) -> Any:
-        """What the rows of the pass attend to."""
+        """Return the keys and values that the rows of the pass attend to."""
         return self._ring.keys_and_values() if self._seen is None else self._seen
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> Any:
-        """As that of mlx-lm's ring, whose parameters these are."""
+        """Make the mask of a pass; the parameters are those of mlx-lm's ring."""
         if N == 1 or not self._wraps(N):
             return self._ring.make_mask(N, window_size, return_array)
         is_full = self._offset >= self._ring.max_size
@@ -82,7 +84,7 @@ class SlotOrderRing:
         return self._shared[key]
 
     def keep(self, num_rows: int) -> None:
-        """Leave the ring with the first rows of the pass."""
+        """Leave the ring with the first ``num_rows`` rows of the pass and no others."""
         self._seen = None
         if num_rows == self._num_written or self._rows is None:
             return
@@ -94,7 +96,7 @@ class SlotOrderRing:
         return self._offset + num_rows > self._ring.max_size
 
     def _row_mask(self, row: int, window_size: int | None) -> mx.array:
-        """mlx-lm's mask for one row of the pass, over all slots of the ring."""
+        """Make mlx-lm's mask for one row of the pass, over all slots of the ring."""
         ring, max_size = self._ring, self._ring.max_size
         before = RotatingKVCache(max_size, ring.keep)
         before.offset, before._idx = self._offset + row, self._index
@@ -108,7 +110,7 @@ class SlotOrderRing:
         return mx.pad(mask, (0, max_size - num_slots))
 
     def _read(self, keys: mx.array, values: mx.array) -> Any:
-        """What the rows of a pass see of the ring and of each other."""
+        """Collect what the rows of a pass see of the ring and of each other."""
         ring, num_rows = self._ring, keys.shape[2]
         if ring.keys is None:
             held = keys[..., :0, :], values[..., :0, :]
@@ -127,7 +129,11 @@ class SlotOrderRing:
         return (SlotViews(*(mx.take(x, sources, axis=2) for x in both)),) * 2
 
     def _sources(self, num_held: int, num_rows: int) -> mx.array:
-        """Where the slots that each row sees are, in the ring followed by the rows."""
+        """Find where each row reads each slot, in the ring's rows and then the pass's.
+
+        Returns:
+            mx.array: Indices, ``[num_rows, num_slots]``.
+        """
         max_size, keep = self._ring.max_size, self._ring.keep
         index = min(self._index, max_size)
         key = "sources", num_held, num_rows, index, max_size, keep
@@ -140,15 +146,16 @@ class SlotOrderRing:
         return self._shared[key]
 
     def _overwrites(self, num_rows: int) -> bool:
-        """Whether rows of a pass may take the slots of rows that are still read."""
+        """Tell whether rows of the pass take slots whose old rows are still needed."""
         keys, max_size = self._ring.keys, self._ring.max_size
         return keys is not None and keys.shape[2] == max_size and self._wraps(num_rows)
 
     def _save(self, keys: mx.array, values: mx.array) -> KeysAndValues:
-        """The rows of the pass, which are not read before what they take is saved.
+        """Save the slots that the pass may overwrite, before its rows are used.
 
-        It is saved by the pass itself: whatever reads the ring while a row is written
-        to it has the ring copied.
+        The rows that are returned depend on the saved slots, so that evaluating the
+        pass saves them. If they were read later, when a row is written to the ring,
+        MLX would have to copy the whole ring.
         """
         ring, num_rows = self._ring, keys.shape[2]
         indices = (
@@ -166,7 +173,7 @@ class SlotOrderRing:
         assert self._rows is not None
         ring = self._ring
         if self._changes_size(num_rows) and ring.keys is not None:
-            # Handles of their own, as an update in place changes the ring's arrays.
+            # These are new handles, because an update in place changes the old ones.
             self._replaced = ring.keys[...], ring.values[...]
         keys, values = (x[..., :num_rows, :] for x in self._rows)
         while keys.shape[2]:
@@ -176,7 +183,7 @@ class SlotOrderRing:
         self._num_written = num_rows
 
     def _unwrite(self) -> None:
-        """Undo what was written."""
+        """Take back all rows that were written since the pass began."""
         ring = self._ring
         if self._replaced is not None:
             ring.keys, ring.values = self._replaced
@@ -186,19 +193,19 @@ class SlotOrderRing:
             )
         elif self._is_new:
             ring.keys = ring.values = None
-        # Any other rows are behind the offset, where nothing is read.
+        # In all other cases the rows lie past the offset, where nothing is read.
         ring.offset, ring._idx = self._offset, self._index
         self._num_written = 0
 
     def _changes_size(self, num_rows: int) -> bool:
-        """Whether writing makes other arrays of the ring's: longer or shorter ones."""
+        """Tell whether writing replaces the ring's arrays by longer or shorter ones."""
         num_slots = 0 if self._ring.keys is None else self._ring.keys.shape[2]
         if num_slots < self._ring.max_size:
             return self._offset + num_rows > num_slots
         return num_slots > self._ring.max_size
 
     def _num_in_a_run(self) -> int:
-        """How many rows mlx-lm's ring can take before it grows or begins anew."""
+        """Count the rows that mlx-lm's ring takes before it grows or wraps around."""
         ring = self._ring
         num_slots = 0 if ring.keys is None else ring.keys.shape[2]
         index = ring._idx

@@ -1,4 +1,4 @@
-"""Cache entries of prompts that begin alike, which hold their rows once."""
+"""Lets cache entries of prompts that begin alike hold their common rows only once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from mlx_lm.models.cache import KVCache
 
 
 def share_rows(entries: list[Any], longer: list[Any]) -> int:
-    """Let entries look at the rows of others that hold the same tokens and more.
+    """Let entries refer to the rows of others that hold the same tokens and more.
 
-    Rows are never changed where they are: whoever goes on from them has copied them.
-    States that are not made of rows, as recurrent ones, stay as they are.
+    This is safe because stored rows are never changed in place: a sequence that
+    continues from them works on a copy. States that are not made of rows, such as
+    recurrent states, stay as they are.
 
     Args:
-        entries (list): Of the shorter prompt; changed in place.
-        longer (list): Of a prompt that begins with it.
+        entries (list): The entries of the shorter prompt, which are changed in place.
+        longer (list): The entries of a prompt that begins with the shorter one.
 
     Returns:
         int: The number of bytes that the entries do not hold themselves any more.
@@ -31,7 +32,11 @@ def share_rows(entries: list[Any], longer: list[Any]) -> int:
 
 
 def own_rows(entries: list[Any]) -> None:
-    """Let entries hold their rows themselves again; changed in place."""
+    """Let entries hold their rows themselves again.
+
+    Args:
+        entries (list): Entries that ``share_rows`` changed; they are changed in place.
+    """
     arrays = []
     for entry in filter(_holds_rows, entries):
         entry.keys, entry.values = map(mx.contiguous, (entry.keys, entry.values))

@@ -16,13 +16,13 @@ Attention = Callable[..., mx.array]
 
 
 def advanced(index: int, num_rows: int, max_size: int, keep: int) -> int:
-    """The index of a ring after more rows: one past the last slot written.
+    """Compute the index of a ring after more rows, one past the last slot written.
 
     Args:
-        index (int): The index before.
+        index (int): The index before these rows.
         num_rows (int): How many rows are written.
-        max_size (int): Slots of the ring.
-        keep (int): Slots that are never taken again.
+        max_size (int): The number of slots of the ring.
+        keep (int): The number of first slots that are never taken again.
     """
     index += num_rows
     if index <= max_size:
@@ -33,34 +33,35 @@ def advanced(index: int, num_rows: int, max_size: int, keep: int) -> int:
 def rows_in_slots(
     slots: mx.array, index: mx.array, last_row: mx.array, max_size: int, keep: int
 ) -> mx.array:
-    """The row of a pass that each slot holds, -1 if it is none of them.
+    """Find the row of a pass that each slot holds; -1 means a row from before it.
 
     Args:
-        slots (mx.array): Slots, which broadcast with the other arrays.
+        slots (mx.array): The slots to look at, broadcastable to the other arrays.
         index (mx.array): The index of the ring before the pass.
-        last_row (mx.array): The last row that is written, -1 if there is none.
-        max_size (int): Slots of the ring.
-        keep (int): Slots that are never taken again.
+        last_row (mx.array): The last row that is written; -1 means that none is.
+        max_size (int): The number of slots of the ring.
+        keep (int): The number of first slots that are never taken again.
     """
     period = max_size - keep
     first = slots - index
     first = mx.where(first < 0, first + period, first)
     latest = first + mx.maximum(last_row - first, 0) // period * period
     rows = mx.where(slots < keep, first, latest)
-    # A kept slot that was filled before the pass is not written in it.
+    # The pass does not write to a kept slot that was filled before.
     is_kept = (slots < keep) & (slots < index)
     return mx.where((first <= last_row) & ~is_kept, rows, -1)
 
 
 class SlotViews:
-    """Keys and values of a pass, with the slots of the ring as each row sees them.
+    """The keys and values that each row of a pass sees in the slots of the ring.
 
-    Stands in for both arrays on the way to mlx-lm's attention, which hands the work
-    back to ``attend``.
+    One object stands in for both arrays on the way to mlx-lm's attention, whose patch
+    calls ``attend``.
 
     Args:
-        keys (mx.array): ``[num_sequences, heads, num_rows, num_slots, head_dim]``.
-        values (mx.array): Likewise.
+        keys (mx.array): The keys, by row of the pass and slot,
+          ``[num_sequences, heads, num_rows, num_slots, head_dim]``.
+        values (mx.array): The values, of the same shape but for the size of a head.
     """
 
     def __init__(self, keys: mx.array, values: mx.array):
@@ -75,18 +76,19 @@ class SlotViews:
         mask: mx.array | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Attend with every row to its own view, as if it were a head of its own.
+        """Let every row attend to its own view, as if the row were a head of its own.
 
         Args:
             attention (Callable): mlx-lm's ``scaled_dot_product_attention``.
-            queries (mx.array): ``[num_sequences, query_heads, num_rows, head_dim]``.
-            scale (float): As in mlx-lm.
-            mask (mx.array, optional): What each row sees of its view, broadcastable to
-              ``[num_sequences, 1, num_rows, num_slots]``.
-            sinks (mx.array, optional): Of each query head.
+            queries (mx.array): The queries,
+              ``[num_sequences, query_heads, num_rows, head_dim]``.
+            scale (float): The factor of the scores before the softmax.
+            mask (mx.array, optional): The slots of its view that each row sees,
+              broadcastable to ``[num_sequences, 1, num_rows, num_slots]``.
+            sinks (mx.array, optional): The sink of each query head, ``[query_heads]``.
 
         Returns:
-            mx.array: Of the shape of the queries.
+            mx.array: The output, ``[num_sequences, query_heads, num_rows, head_dim]``.
         """
         num_heads, num_rows = self._keys.shape[1:3]
         rows = _rows_as_heads(queries, num_heads)
@@ -114,7 +116,7 @@ class SlotViews:
 
 
 def _rows_as_heads(queries: mx.array, num_heads: int) -> mx.array:
-    """``[num_sequences, heads * num_rows * repeats, 1, head_dim]``."""
+    """Order queries as ``[num_sequences, heads * num_rows * repeats, 1, head_dim]``."""
     num_sequences, num_query_heads, num_rows, head_dim = queries.shape
     num_repeats = num_query_heads // num_heads
     shape = num_sequences, num_heads, num_repeats, num_rows, head_dim

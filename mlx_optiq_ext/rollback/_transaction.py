@@ -30,13 +30,13 @@ from ._ring import SlotOrderRing
 
 Forward = Callable[[list[Any], int], Any]
 
-# Modules of mlx-lm whose attention is their own code, and not the function by which
-# every row is given its own view of a ring.
+# These modules of mlx-lm compute attention themselves, so they do not call the patched
+# function that gives every row its own view of a ring.
 _OWN_ATTENTION = {"gear", "gemma2", "olmo"}
 
 
 class Part(Protocol):
-    """One cache entry in a transaction: what the model is handed, and how it ends."""
+    """One cache entry in a transaction: the entry to feed, and how to keep its rows."""
 
     @property
     def entry(self) -> Any: ...
@@ -45,7 +45,7 @@ class Part(Protocol):
 
 
 class _Appended:
-    """Append-only entries: the rows past the offset are never read."""
+    """An append-only entry, whose rows past the offset are never read."""
 
     def __init__(self, entry: Any):
         self.entry = entry
@@ -53,13 +53,13 @@ class _Appended:
 
     def keep(self, num_rows: int) -> None:
         num_rejected = self.entry.offset - self._offset - num_rows
-        # Not every pass gets as far as this entry.
+        # A pass that was interrupted may not have reached this entry.
         if num_rejected > 0:
             self.entry.trim(num_rejected)
 
 
 class _Concatenated:
-    """Upstream's ``trim`` of this entry moves the offset and leaves the rows."""
+    """An entry whose rows are cut here, as its own ``trim`` moves the offset only."""
 
     def __init__(self, entry: ConcatenateKVCache):
         self.entry = entry
@@ -77,14 +77,14 @@ class _Concatenated:
 
 
 class _Recurrent:
-    """States that cannot be cut, only put back or computed again."""
+    """A recurrent state, which cannot be cut but only restored or computed again."""
 
     def __init__(self, entry: ArraysCache):
         self.entry = entry
         self._state = list(entry.cache), entry.left_padding, entry.lengths
 
     def keep(self, num_rows: int) -> None:
-        """Do nothing: the transaction computes the states of all such entries."""
+        """Do nothing, because the transaction sets the states of all such entries."""
 
     def restore(self) -> None:
         states, self.entry.left_padding, self.entry.lengths = self._state
@@ -92,7 +92,7 @@ class _Recurrent:
 
 
 class _Listed:
-    """Entries in an entry."""
+    """An entry that consists of other entries."""
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = parts
@@ -105,9 +105,14 @@ class _Listed:
 
 @singledispatch
 def _part(entry: Any, shared: dict[Any, mx.array]) -> Part:
-    """The part that an entry has in a transaction.
+    """Make the part that an entry has in a transaction.
 
-    ``shared`` is what the rings of one pass have in common.
+    Args:
+        entry (Any): An entry of a prompt cache.
+        shared (dict): Arrays that the rings of one pass have in common.
+
+    Raises:
+        SpeculationError: If entries of this type cannot be rolled back.
     """
     raise SpeculationError(
         f"Cannot speculate: a prompt cache entry is a {type(entry).__name__}, which "
@@ -143,7 +148,7 @@ def _(entry: CacheList, shared: dict[Any, mx.array]) -> Part:
 
 
 def _all_parts(parts: Sequence[Part]) -> list[Part]:
-    """Parts, with those of entries in entries in place of the latter."""
+    """List the parts with every nested entry replaced by the parts in it."""
     found: list[Part] = []
     for part in parts:
         found += _all_parts(part.parts) if isinstance(part, _Listed) else [part]
@@ -155,7 +160,8 @@ def check_entries(entries: Sequence[Any], model: nn.Module | None = None) -> Non
 
     Args:
         entries (Sequence[Any]): The model's prompt cache.
-        model (nn.Module, optional): What reads the entries.
+        model (nn.Module, optional): The model that reads the entries. Without it, only
+          the types of the entries are checked.
 
     Raises:
         SpeculationError: If an entry is of a type that cannot be rolled back, or if the
@@ -179,8 +185,9 @@ class Transaction:
 
     Args:
         cache (Sequence[Any]): The entries that the pass updates.
-        tape (Tape, optional): Records the recurrence of the pass. Without one, a pass
-            over recurrent entries is cut by running the model again on the rows kept.
+        tape (Tape, optional): The tape that records the recurrence of the pass. Without
+            one, a pass over recurrent entries is cut by running the model again on the
+            rows that are kept.
 
     Raises:
         SpeculationError: If an entry is of a type that cannot be rolled back.
@@ -196,11 +203,12 @@ class Transaction:
         self._num_rows = self._num_kept = 0
 
     def run(self, forward: Forward, num_rows: int) -> Any:
-        """Make the pass.
+        """Run the pass over the cache.
 
         Args:
-            forward (Callable): Called with entries to be used in place of those of the
-                cache, and with a number of rows: it feeds the first ones to the model.
+            forward (Callable): A function of the entries to use in place of those of
+                the cache and of a number of rows; it feeds the first rows to the model.
+                It may be called again by ``keep``.
             num_rows (int): How many rows the pass has.
 
         Returns:
@@ -216,7 +224,11 @@ class Transaction:
             return self._forward(num_rows)
 
     def keep(self, num_rows: int) -> None:
-        """Take back every row after the first ``num_rows``."""
+        """Roll back every row after the first ones.
+
+        Args:
+            num_rows (int): How many rows of the pass to keep, not more than before.
+        """
         is_changed = self._recurrent and num_rows != self._num_kept
         self._num_kept = num_rows
         if not is_changed:

@@ -84,7 +84,7 @@ def before_generation(exc: BaseException) -> APIError:
         return APIError(
             404, f"The model could not be loaded: {exc}", code="model_not_found"
         )
-    if isinstance(exc, CALLER_MISTAKES) or _is_template_error(exc):
+    if isinstance(exc, CALLER_MISTAKES) or is_template_error(exc):
         return bad_request(_describe(exc))
     return during_generation(exc)
 
@@ -136,5 +136,5 @@ def _is_missing_model(exc: BaseException) -> bool:
     )
 
 
-def _is_template_error(exc: BaseException) -> bool:
+def is_template_error(exc: BaseException) -> bool:
     return type(exc).__module__.partition(".")[0] == "jinja2"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from ..decoding import SpeculationStats
 
 EndReason = Literal["stop", "stop_sequence", "length", "context"]
 
@@ -60,19 +62,30 @@ class Call:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was generated; the events that it makes possible come after it.
+    """A token that was generated; what is known of its text comes after it.
 
     Args:
         id (int): Of the token.
-        logprob (float): The natural logarithm of its probability.
+        logprob (float): Its natural logarithm of the probability.
         top (Sequence[dict]): mlx-lm's ``id``, ``token`` and ``logprob`` of others.
-        text (str): By which it made the reply longer.
+        text (str): What it adds to the text that was generated.
+        source (str, optional): What drafted it, None if the model itself wrote it.
+        spelling (str): Its own text.
     """
 
     id: int
     logprob: float
     top: Sequence[dict[str, Any]] = ()
     text: str = ""
+    source: str | None = None
+    spelling: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The events that follow belong to the reply with this index."""
+
+    index: int
 
 
 @dataclass(frozen=True)
@@ -89,14 +102,24 @@ class End:
     stop_sequence: str | None = None
 
 
-Event = Thought | Text | CallStart | CallPiece | Call | Token | End
+Event = Thought | Text | CallStart | CallPiece | Call | Token | Choice | End
 
 
 @dataclass
 class Usage:
-    """Numbers of tokens, counted while a reply is generated."""
+    """Numbers of tokens, counted while a reply is generated.
+
+    Args:
+        num_prompt_tokens (int): Of the prompt.
+        num_cached_tokens (int): Those of it that were in the cache.
+        num_output_tokens (int): Generated, in all choices together.
+        num_thinking_tokens (int): Those of them that are thoughts.
+        stats (list): What speculation did for each choice that has ended; empty where
+          the model is decoded plainly.
+    """
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_thinking_tokens: int = 0
+    stats: list[SpeculationStats] = field(default_factory=list)

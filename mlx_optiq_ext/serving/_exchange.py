@@ -7,14 +7,15 @@ import math
 import time
 import uuid
 from collections.abc import Mapping
-from contextvars import ContextVar
-from queue import Empty, Queue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._access import cors_headers
 from ._client import CHUNK_SIZE, Client
-from ._errors import APIError, ClientGone, anthropic_body, bad_request, openai_body
+from ._errors import APIError, anthropic_body, bad_request, openai_body
 from ._metrics import Measurement
+
+if TYPE_CHECKING:
+    from ._generation import Sequence
 
 Body = dict[str, Any]
 
@@ -52,12 +53,9 @@ class Exchange:
         self.path, _, self.query = handler.path.partition("?")
         self.is_anthropic = self.path.startswith("/v1/messages")
         self.request_id = f"req_{uuid.uuid4().hex}"
-        # mlx-lm's context of the generation, once there is one.
-        self.context: Any = None
-        # The arguments of the generation, once there is one.
-        self.arguments: Any = None
+        # What is generated for it.
+        self.sequences: list[Sequence] = []
         self.measured = Measurement()
-        self.translates_errors = False
         self._stream: Reply | None = None
         self._has_body = has_body(handler.headers)
         self._last_sent = time.monotonic()
@@ -139,13 +137,10 @@ class Exchange:
         """From now on the reply is a stream, which starts with the first event."""
         self._stream = reply
 
-    def send_event(self, event: Body) -> None:
+    def send_event(self, event: Body | str) -> None:
+        """Add an event to the stream; a text is sent as it is."""
         self._start_stream()
-        self._write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
-
-    def send_data(self, data: Body) -> None:
-        """Add to a stream that mlx-lm has begun."""
-        self._write(f"data: {json.dumps(data)}\n\n".encode())
+        self._write(frame(event).encode())
 
     def check(self) -> None:
         """Keep the connection alive while nothing happens.
@@ -160,8 +155,8 @@ class Exchange:
 
     def close(self) -> None:
         """Stop the generation, and let the client read an early answer."""
-        if self.context is not None:
-            self.context.stop()
+        for sequence in self.sequences:
+            sequence.inbox.close()
         if self._has_body:
             self.client.drain()
         self.handler.wfile = self._wfile
@@ -231,60 +226,16 @@ class Exchange:
             self.send_event(event)
 
 
-# The exchange that this thread is busy with.
-current: ContextVar[Exchange | None] = ContextVar("current", default=None)
-
-
-class WatchedQueue:
-    """The end of a queue at which a request waits for its reply.
-
-    Args:
-        queue (Queue): Where mlx-lm puts the reply.
-        exchange (Exchange): Whose client may leave while it waits.
-    """
-
-    def __init__(self, queue: Queue[Any], exchange: Exchange):
-        self._queue = queue
-        self._exchange = exchange
-
-    def get(self, timeout: float) -> Any:
-        """The next item, as ``Queue.get`` returns it.
-
-        Raises:
-            ClientGone: If the client has left.
-            queue.Empty: If there is none within ``timeout`` seconds.
-        """
-        deadline = time.monotonic() + timeout
-        while (remaining := deadline - time.monotonic()) > 0:
-            try:
-                item = self._queue.get(timeout=min(remaining, WAIT_INTERVAL))
-            except Empty:
-                self._check()
-            else:
-                self._check()
-                return item
-        raise Empty
-
-    def _check(self) -> None:
-        try:
-            self._exchange.check()
-        except ClientGone:
-            if self._exchange.context is not None:
-                raise
-            # It has no slot that could be freed: the generation thread passes it over.
-            abandon(self._queue)
+def frame(event: Body | str) -> str:
+    """A server-sent event, named by its type if it has one."""
+    if isinstance(event, str):
+        return f"data: {event}\n\n"
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event)}\n\n"
 
 
 def has_body(headers: Mapping[str, str]) -> bool:
     return headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
-
-
-def abandon(queue: Queue[Any]) -> None:
-    queue.is_abandoned = True  # type: ignore[attr-defined]
-
-
-def is_abandoned(queue: Queue[Any]) -> bool:
-    return getattr(queue, "is_abandoned", False)
 
 
 def parse_object(data: bytes) -> Body:

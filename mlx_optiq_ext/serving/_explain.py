@@ -8,7 +8,7 @@ from ._exchange import Exchange
 
 def explain(exchange: Exchange, exc: BaseException) -> APIError:
     """The error to answer with."""
-    is_before = exchange.context is None
+    is_before = not any(each.inbox.context for each in exchange.sequences)
     error = before_generation(exc) if is_before else during_generation(exc)
     # The mistakes of a caller are the caller's, whatever state the server is in.
     if error.status >= 500 and not exchange.generator.generation_available():

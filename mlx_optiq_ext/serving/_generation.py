@@ -1,251 +1,294 @@
-"""Hands a chat to mlx-lm's server as one of its own requests."""
+"""A request on its way through mlx-lm's generation thread.
+
+The life of a request, from the socket to a token of its reply:
+
+1. The HTTP server gives the connection a thread, in which mlx-lm's handler, ours by
+   its class, reads the headers and calls
+2. `serve` of `_routes`, which finds the route of the path. The route has
+3. the ``read_request`` of its API turn the body into a `Request`, and
+4. `send_reply` of `_serve` start
+5. a `Generation`, which puts the request into the line of the generation thread.
+6. mlx-lm's loop in that thread takes it out again (`admit` of `_recovery`),
+7. has its prompt made (`make_prompt` of `_prompt`) and looked up in the prompt cache,
+8. gives it to the batch (``insert_segments``), and then asks the batch for tokens
+9. (``next``), speculatively or not. It puts each into
+10. the request's `Inbox`, from which a `Sequence` takes it for
+11. `read_reply` of `_reading`, which turns its text into events; of these
+12. the API's reply makes what is sent.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import json
-from dataclasses import dataclass, field
-from math import inf
-from pathlib import Path
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator
+from queue import Empty, Queue
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm import server
 
-from .._random_state import random_state_kept
-from .._record import record_of
-from ._chat import Chat
-from ._errors import bad_request, context_overflow
-from ._fields import number, optional
-from ._images import has_images, has_remote_images, inline_images
-from ._models import DEFAULT_MODEL, loadable_name
+from ._arguments import Arguments, generation_arguments
+from ._errors import APIError
+from ._events import Choice, End, Event, Token, Usage
+from ._exchange import WAIT_INTERVAL, Exchange
+from ._explain import explain
+from ._images import has_remote_images, inline_images
+from ._logprobs import spelled
+from ._models import DEFAULT_MODEL
+from ._reading import Reading, read_reply
+from ._request import Request
 
-# For APIs whose requests need not say how long a reply may get.
-MAX_TOKENS = 32768
+NO_MODEL = "there is no default model: start the server with --model, or name one"
 
-Tokenized = tuple[Any, ...]
+# A space at the start of a token, in byte-level vocabularies and in SentencePiece's.
+SPACES = ("\u0120", "\u2581")
 
 
-@dataclass
-class ChatRequest(server.CompletionRequest):
-    """A chat completion whose reply may have to begin in a certain way.
+class Inbox(Queue[Any]):
+    """Takes what the generation thread has for a request.
+
+    Invariant: what nobody waits for any more is stopped, whether that was known before
+    it began or after.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context: server.GenerationContext | None = None
+        self.is_closed = False
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        if isinstance(item, server.GenerationContext):
+            self.context = item
+            if self.is_closed:
+                item.stop()
+        super().put(item, block, timeout)
+
+    def close(self) -> None:
+        self.is_closed = True
+        if self.context is not None:
+            self.context.stop()
+
+
+class Sequence:
+    """A sequence that is generated for a request.
 
     Args:
-        chat: What is asked for.
-        counts_only: The prompt is tokenised and no more.
-        takes_images: The model has to take images, whether or not there are any.
-        is_cut_by_context: Set when the context is what limits the reply.
-        tokenizer: Set to the tokenizer of the model that serves the request.
+        exchange (Exchange): Whose client waits for it.
+        request (Request): What is asked for.
+        arguments (Arguments): And how it is sampled.
     """
 
-    chat: Chat = field(default_factory=lambda: Chat(None, []))
-    counts_only: bool = False
-    takes_images: bool = False
-    is_cut_by_context: bool = False
-    tokenizer: Any = None
+    def __init__(self, exchange: Exchange, request: Request, arguments: Arguments):
+        self.request = request
+        self.arguments = arguments
+        self.inbox = Inbox()
+        self._exchange = exchange
+        self._check_thread()
+        exchange.sequences.append(self)
+        exchange.generator.state.exchanges.add(exchange)
+        exchange.generator.requests.put((self.inbox, request, arguments))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the prompt, 0 while it is not known."""
+        context = self.inbox.context
+        return 0 if context is None else len(context.prompt)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, once there is a token of the reply."""
+        context = self.inbox.context
+        return 0 if context is None else max(context.prompt_cache_count, 0)
+
+    def start(self) -> None:
+        """Wait until the prompt is made.
+
+        Raises:
+            Exception: Whatever the generation thread says is wrong.
+        """
+        self._take()
+
+    def responses(self) -> Iterator[server.Response]:
+        """Wait for one token after the other."""
+        while (item := self._take()) is not None:
+            if isinstance(item, tuple):
+                logging.info("Prompt processing progress: %s/%s", *item)
+            else:
+                self._exchange.measured.count()
+                yield item
+
+    def _take(self) -> Any:
+        item = self._wait()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def _wait(self) -> Any:
+        while True:
+            try:
+                item = self.inbox.get(timeout=WAIT_INTERVAL)
+            except Empty:
+                self._exchange.check()
+            else:
+                self._exchange.check()
+                return item
+            self._check_thread()
+
+    def _check_thread(self) -> None:
+        if not self._exchange.generator.generation_available():
+            raise RuntimeError("the generation thread died")
 
 
-class Counted(Exception):
-    """Ends a request that wanted to know the length of its prompt."""
+class Generation:
+    """The replies to a request while they are generated.
 
-    def __init__(self, num_tokens: int):
-        super().__init__(num_tokens)
-        self.num_tokens = num_tokens
-
-
-def chat_request(chat: Chat, *, counts_only: bool = False) -> ChatRequest:
-    # mlx-lm changes messages in place.
-    messages = copy.deepcopy(chat.messages)
-    tools = chat.tools
-    return ChatRequest("chat", "", messages, tools, None, chat, counts_only)
-
-
-def generation_arguments(chat: Chat, cli_args: Any) -> server.GenerationArguments:
-    """The sampling parameters of a request, the server's where it has none.
+    Args:
+        exchange (Exchange): Whose client waits for them.
+        request (Request): What is asked for.
+        usage (Usage): Counts the tokens.
 
     Raises:
-        APIError: 400, if one is not what it has to be.
+        APIError: If the request is not what it has to be.
     """
-    body = chat.body
-    adapter = optional(body, "adapters", str)
-    return server.GenerationArguments(
-        model=server.ModelDescription(
-            model=loadable_name(chat.model, cli_args, adapter),
-            draft=optional(body, "draft_model", str, DEFAULT_MODEL),
-            adapter=adapter,
-        ),
-        sampling=_sampling(body, cli_args),
-        logits=_logits(body, cli_args),
-        stop_words=[],  # mlx-lm finds only those that are spelled in its own tokens.
-        max_tokens=_max_tokens(chat, cli_args),
-        num_draft_tokens=number(
-            body, "num_draft_tokens", cli_args.num_draft_tokens, least=0, kind=int
-        ),
-        logprobs=False,
-        top_logprobs=-1,
-        seed=number(body, "seed", None, kind=int),
-        chat_template_kwargs=_template_arguments(chat, cli_args),
-    )
+
+    def __init__(self, exchange: Exchange, request: Request, usage: Usage):
+        self._exchange = exchange
+        self._request = request
+        self._usage = usage
+        self._arguments = generation_arguments(request, exchange.cli_args)
+        _check_model(self._arguments, exchange.cli_args)
+        load_images(exchange, request, self._arguments)
+
+    def events(self) -> Iterator[Event]:
+        """What the replies consist of, the prompt being counted before the first."""
+        first = self._sequence(0)
+        first.start()
+        responses = first.responses()
+        # The length of the cached prefix is known as soon as there is a token.
+        head = list(itertools.islice(responses, 1))
+        self._usage.num_prompt_tokens = first.num_prompt_tokens
+        self._usage.num_cached_tokens = first.num_cached_tokens
+        # The prompt is in the cache by now, so that the others are spared it.
+        others = [self._sequence(i) for i in range(1, self._request.num_choices)]
+        yield Choice(0)
+        yield from self._read(first, itertools.chain(head, responses))
+        for index, sequence in enumerate(others, 1):
+            sequence.start()
+            yield Choice(index)
+            yield from self._read(sequence, sequence.responses())
+
+    def _sequence(self, index: int) -> Sequence:
+        arguments = copy.copy(self._arguments)
+        if arguments.seed is not None:
+            arguments.seed += index
+        return Sequence(self._exchange, dataclasses.replace(self._request), arguments)
+
+    def _read(
+        self, sequence: Sequence, responses: Iterator[server.Response]
+    ) -> Iterator[Event]:
+        request = sequence.request
+        if request.fills_cache_only:
+            yield End("length")
+            return
+        if request.prefill:
+            responses = with_leading_space(responses, request.tokenizer)
+        reading = Reading(
+            request.format,
+            request.initial_state,
+            tools=request.tools,
+            stop=request.stop,
+            one_call=request.one_call,
+            is_cut_by_context=request.is_cut_by_context,
+            keeps_space=request.keeps_space,
+            gives_tokens=request.gives_logprobs or request.gives_sources,
+        )
+        for event in _spelled(read_reply(responses, reading, self._usage), sequence):
+            if isinstance(event, End):
+                sequence.inbox.close()
+                if sequence.arguments.stats is not None:
+                    self._usage.stats.append(sequence.arguments.stats)
+            yield event
 
 
-def count_tokens(generator: server.ResponseGenerator, chat: Chat) -> int:
-    """The length of a chat's prompt, by the way that generation goes as well."""
-    load_images(generator, chat)
-    request = chat_request(chat, counts_only=True)
-    arguments = generation_arguments(chat, generator.cli_args)
-    tokenizer = _loaded_tokenizer(generator.model_provider, arguments)
+def count_tokens(exchange: Exchange, request: Request) -> int:
+    """The length of a request's prompt, by the way that generation goes as well."""
+    request = dataclasses.replace(request, counts_only=True)
+    arguments = generation_arguments(request, exchange.cli_args)
+    _check_model(arguments, exchange.cli_args)
+    load_images(exchange, request, arguments)
+    generator = exchange.generator
     try:
-        if tokenizer is not None and not has_images(request.messages):
+        tokenizer = _loaded_tokenizer(generator.model_provider, arguments)
+        if tokenizer is not None and not request.has_images:
             # No need to wait for the requests that are being served.
-            generator._tokenize(tokenizer, request, arguments)
-        else:
-            generator.generate(request, arguments)
-    except Counted as counted:
-        return counted.num_tokens
-    raise AssertionError("a request that only counts was served")
+            return len(generator._tokenize(tokenizer, request, arguments)[0])
+        sequence = Sequence(exchange, request, arguments)
+        sequence.start()
+    except Exception as exc:
+        raise explain(exchange, exc) from exc
+    return sequence.num_prompt_tokens
 
 
-def load_images(generator: server.ResponseGenerator, chat: Chat) -> None:
-    """Put the bytes of a chat's remote images into it, if its model takes images.
+def load_images(exchange: Exchange, request: Request, arguments: Arguments) -> None:
+    """Put the bytes of remote images into a request, if its model takes images.
 
     Raises:
         APIError: 400, if it takes none, or if an image cannot be had.
     """
-    if has_remote_images(chat.messages):
-        _check_takes_images(generator, chat)
-        allow_remote = getattr(generator.cli_args, "allow_remote_images", False)
-        inline_images(chat.messages, allow_remote)
-
-
-def _check_takes_images(generator: server.ResponseGenerator, chat: Chat) -> None:
+    if not has_remote_images(request.messages):
+        return
     # Only the generation thread knows the model: it may have to load it first.
-    messages = [{"role": "user", "content": "image"}]
-    probe = Chat(chat.model, messages, body=chat.body)
-    request = chat_request(probe, counts_only=True)
-    request.takes_images = True
-    with contextlib.suppress(Counted):
-        generator.generate(request, generation_arguments(probe, generator.cli_args))
-
-
-def check_request(
-    generator: server.ResponseGenerator, tokenizer: Any, request: ChatRequest
-) -> None:
-    """Refuse what the model cannot do.
-
-    Raises:
-        APIError: 400, with the reason.
-    """
-    processor = getattr(generator.model_provider, "processor", None)
-    if processor is None and (request.takes_images or has_images(request.messages)):
-        raise bad_request("messages: this model takes no images", param="messages")
-    if request.chat.must_call and not tokenizer.has_tool_calling:
-        raise bad_request(
-            "tool_choice: this model cannot call tools", param="tool_choice"
-        )
-
-
-def finish_prompt(
-    generator: server.ResponseGenerator,
-    tokenizer: Any,
-    request: ChatRequest,
-    arguments: server.GenerationArguments,
-    tokenized: Tokenized,
-) -> Tokenized:
-    """Add the beginning of the reply to a prompt, and see that there is room for it.
-
-    Raises:
-        APIError: 400, if the prompt is longer than the model's context.
-        Counted: If nothing but the number of its tokens was asked for.
-    """
-    request.tokenizer = tokenizer
-    tokenized = _begin_reply(tokenizer, request.chat, tokenized)
-    num_tokens = len(tokenized[0])
-    if request.counts_only:
-        raise Counted(num_tokens)
-    limit = context_size(generator.model_provider.model)
-    if limit is not None and num_tokens > limit:
-        raise context_overflow(num_tokens, limit)
-    if limit is not None and arguments.max_tokens > limit - num_tokens:
-        request.is_cut_by_context = True
-        arguments.max_tokens = max(limit - num_tokens, 1)
-    return tokenized
-
-
-def check_generation(
-    tokenizer: Any, arguments: server.GenerationArguments, prompt: list[int]
-) -> None:
-    """Find out now whether a generation would fail, for later others fail with it.
-
-    Raises:
-        ValueError: If it would.
-    """
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    if arguments.max_tokens < 1:
-        raise ValueError(f"max_tokens: {arguments.max_tokens} is not at least 1")
-    if arguments.seed is not None and not 0 <= arguments.seed < 1 << 64:
-        raise ValueError(f"seed: {arguments.seed} is not between 0 and 2**64 - 1")
-    bias = arguments.logits.logit_bias or {}
-    if wrong := [token for token in bias if not 0 <= token < len(tokenizer)]:
-        raise ValueError(f"logit_bias: there is no token {wrong[0]}")
+    probe = Request(
+        messages=[{"role": "user", "content": "image"}],
+        counts_only=True,
+        takes_images=True,
+    )
+    sequence = Sequence(exchange, probe, copy.copy(arguments))
     try:
-        _sample_lazily(tokenizer, arguments)
+        sequence.start()
     except Exception as exc:
-        raise ValueError(f"sampling is not possible like this: {exc}") from exc
+        raise explain(exchange, exc) from exc
+    sequence.inbox.close()
+    exchange.sequences.remove(sequence)
+    allow_remote = getattr(exchange.cli_args, "allow_remote_images", False)
+    inline_images(request.messages, allow_remote)
 
 
-def _sample_lazily(tokenizer: Any, arguments: server.GenerationArguments) -> None:
-    # A lazy graph: nothing is computed, but shapes and arguments are checked.
-    server.make_stop_sequences(tokenizer, arguments.stop_words)
-    logits = mx.zeros((1, len(tokenizer)))
-    for process in server._make_logits_processors(arguments):
-        logits = process(mx.array([0]), logits)
-    sampler = server._make_sampler(arguments, tokenizer)
-    if arguments.sampling.temperature > 0:
-        with random_state_kept():
-            sampler(logits)
+def with_leading_space(responses: Iterator[Any], tokenizer: Any) -> Iterator[Any]:
+    """Give a reply that continues a text the space that mlx-lm takes from it.
+
+    Args:
+        responses (Iterator[Response]): Of mlx-lm's server, one for each token.
+        tokenizer: Knows how the first of them is spelled.
+    """
+    for response in itertools.islice(responses, 1):
+        token = tokenizer.convert_ids_to_tokens(response.token)
+        if token.startswith(SPACES) and not response.text.startswith(" "):
+            response = dataclasses.replace(response, text=f" {response.text}")
+        yield response
+    yield from responses
 
 
-def context_size(model: Any) -> int | None:
-    """Positions that a model was made for, None if its configuration is not known."""
-    source = record_of(model).source
-    return None if source is None else _read_context(source / "config.json")
+def _spelled(events: Iterator[Event], sequence: Sequence) -> Iterator[Event]:
+    """Say of each token how it is spelled, and what drafted it if that is known."""
+    number = itertools.count()
+    for event in events:
+        if isinstance(event, Token):
+            sources = getattr(sequence.arguments.stats, "token_sources", None) or []
+            index = next(number)
+            source = sources[index] if index < len(sources) else None
+            event = spelled(event, sequence.request.tokenizer, source)
+        yield event
 
 
-@functools.cache
-def _read_context(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text())
-    return configured_context(config.get("text_config") or config)
+def _check_model(arguments: Arguments, cli_args: Any) -> None:
+    if arguments.model.model == DEFAULT_MODEL and cli_args.model is None:
+        raise APIError(404, NO_MODEL, param="model", code="model_not_found")
 
 
-def configured_context(config: dict[str, Any]) -> int | None:
-    """Positions according to a configuration, stretched ones included."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    factor = scaling.get("factor") or 1
-    original = scaling.get("original_max_position_embeddings") or 0
-    size = max(config.get("max_position_embeddings") or 0, int(factor * original))
-    return size or None
-
-
-def _begin_reply(tokenizer: Any, chat: Chat, tokenized: Tokenized) -> Tokenized:
-    prompt, segments, kinds, state, *rest = tokenized
-    beginning, next_state = chat.prefill, "normal"
-    if chat.must_call:
-        beginning, next_state = tokenizer.tool_call_start, "tool"
-    if not beginning:
-        return tokenized
-    if state == "reasoning":
-        beginning = f"{tokenizer.think_end}\n\n{beginning}"
-    tokens = tokenizer.encode(beginning, add_special_tokens=False)
-    segments = [*segments[:-1], segments[-1] + tokens]
-    return (prompt + tokens, segments, kinds, next_state, *rest)
-
-
-def _loaded_tokenizer(provider: Any, arguments: server.GenerationArguments) -> Any:
+def _loaded_tokenizer(provider: Any, arguments: Arguments) -> Any:
     """The tokenizer for a request, None if its model is not the one that is loaded.
 
     The generation thread may be loading another model at the same time. It forgets the
@@ -258,53 +301,3 @@ def _loaded_tokenizer(provider: Any, arguments: server.GenerationArguments) -> A
     if not is_default or key is None or key[0] != provider.cli_args.model:
         return None
     return tokenizer if provider.model_key is key else None
-
-
-def _sampling(body: dict[str, Any], cli_args: Any) -> server.SamplingArguments:
-    return server.SamplingArguments(
-        temperature=number(body, "temperature", cli_args.temp, least=0),
-        top_p=number(body, "top_p", cli_args.top_p, least=0, most=1),
-        top_k=number(body, "top_k", cli_args.top_k, least=0, kind=int),
-        min_p=number(body, "min_p", cli_args.min_p, least=0, most=1),
-        xtc_probability=number(body, "xtc_probability", 0.0, least=0, most=1),
-        xtc_threshold=number(body, "xtc_threshold", 0.1, least=0, most=1),
-    )
-
-
-def _logits(body: dict[str, Any], cli_args: Any) -> server.LogitsProcessorArguments:
-    penalties: dict[str, Any] = {}
-    for name, least in (("repetition", 0.0), ("presence", -inf), ("frequency", -inf)):
-        penalty, size = f"{name}_penalty", f"{name}_context_size"
-        default = getattr(cli_args, penalty, 0.0)
-        penalties[penalty] = number(body, penalty, default, least=least)
-        penalties[size] = number(body, size, 20, least=0, kind=int)
-    bias = optional(body, "logit_bias", dict)
-    return server.LogitsProcessorArguments(logit_bias=_read_bias(bias), **penalties)
-
-
-def _read_bias(bias: dict[str, Any] | None) -> dict[int, float] | None:
-    if bias is None:
-        return None
-    try:
-        return {int(token): float(value) for token, value in bias.items()}
-    except (TypeError, ValueError) as exc:
-        raise bad_request(
-            "logit_bias: expected numbers by token id", param="logit_bias"
-        ) from exc
-
-
-def _max_tokens(chat: Chat, cli_args: Any) -> int:
-    if chat.max_tokens is None:
-        return max(cli_args.max_tokens, MAX_TOKENS)
-    return max(chat.max_tokens, 1)
-
-
-def _template_arguments(chat: Chat, cli_args: Any) -> dict[str, Any]:
-    given = cli_args.chat_template_args
-    names = {"enable_thinking"} & set(given)
-    arguments = {name: given[name] for name in names} | chat.template
-    if chat.has_thinking is not None:
-        arguments["enable_thinking"] = chat.has_thinking
-    elif not chat.thinks_by_default:
-        arguments.setdefault("enable_thinking", False)
-    return arguments | optional(chat.body, "chat_template_kwargs", dict, {})

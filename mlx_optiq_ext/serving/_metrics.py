@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
 
 from ..decoding import SpeculationStats
-from ._carried import carried_by
 from ._errors import APIError
 
 if TYPE_CHECKING:
     from ._exchange import Exchange
+    from ._generation import Sequence
+
+Totals = dict[tuple[str, ...], int]  # by the name of a counter and its label
 
 # Seconds.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -31,6 +36,7 @@ class Measurement:
         first_token (float): When its first token came, 0 if none came.
         last_token (float): When its last token came.
         num_tokens (int): The number of tokens generated for it.
+        counted (dict): What the counters have of this request.
     """
 
     route: str = "other"
@@ -39,14 +45,13 @@ class Measurement:
     first_token: float = 0.0
     last_token: float = 0.0
     num_tokens: int = 0
+    counted: Totals = field(default_factory=dict)
 
-    def count(self, responses: Iterator[Any]) -> Iterator[Any]:
-        """Pass on the tokens of a generation."""
-        for response in responses:
-            self.last_token = time.monotonic()
-            self.first_token = self.first_token or self.last_token
-            self.num_tokens += 1
-            yield response
+    def count(self) -> None:
+        """Count a token that was generated just now."""
+        self.last_token = time.monotonic()
+        self.first_token = self.first_token or self.last_token
+        self.num_tokens += 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,8 +80,7 @@ class Metrics:
             return prometheus.Gauge(name, text, registry=registry)
 
         self._requests = counter("requests", "Requests answered", "route", "status")
-        self._prompt = counter("prompt_tokens", "Tokens of prompts")
-        self._generation = counter("generation_tokens", "Tokens generated")
+        self._lock = threading.Lock()
         self._waiting = gauge("num_requests_waiting", "Requests in the line")
         self._running = gauge("num_requests_running", "Requests being generated")
         self._first = histogram(
@@ -85,41 +89,104 @@ class Metrics:
         self._latency = histogram(
             "e2e_request_latency_seconds", "From the headers to the end of the reply"
         )
-        self._drafts = counter("spec_decode_num_drafts", "Rounds of speculation")
-        self._drafted = counter("spec_decode_num_draft_tokens", "Draft tokens verified")
-        self._accepted = counter(
-            "spec_decode_num_accepted_tokens", "Draft tokens emitted"
-        )
-        self._accepted_at = counter(
-            "spec_decode_num_accepted_tokens_per_pos",
-            "Draft tokens emitted, by position in the draft",
-            "position",
-        )
+        self._active = gauge("mlx_active_memory_bytes", "Memory that arrays take")
+        self._peak = gauge("mlx_peak_memory_bytes", "The most that arrays have taken")
+        self._counters = {
+            "prompt": counter("prompt_tokens", "Tokens of prompts"),
+            "cached": counter(
+                "prompt_tokens_cached", "Tokens of prompts found in the prompt cache"
+            ),
+            "generation": counter("generation_tokens", "Tokens generated"),
+            "drafts": counter("spec_decode_num_drafts", "Rounds of speculation"),
+            "drafted": counter("spec_decode_num_draft_tokens", "Draft tokens verified"),
+            "accepted": counter(
+                "spec_decode_num_accepted_tokens", "Draft tokens emitted"
+            ),
+            "drafted_at": counter(
+                "spec_decode_num_draft_tokens_per_pos",
+                "Draft tokens verified, by position in the draft",
+                "position",
+            ),
+            "accepted_at": counter(
+                "spec_decode_num_accepted_tokens_per_pos",
+                "Draft tokens emitted, by position in the draft",
+                "position",
+            ),
+            "calls_at": counter(
+                "spec_decode_num_target_calls_per_depth",
+                "Forward passes that emitted tokens, by the draft tokens in them",
+                "depth",
+            ),
+        }
 
-    def text(self, num_waiting: int, num_running: int) -> bytes:
-        """Everything in Prometheus' text format."""
+    def text(self, num_waiting: int, exchanges: Collection[Exchange]) -> bytes:
+        """Everything in Prometheus' text format.
+
+        Args:
+            num_waiting (int): Requests in the line.
+            exchanges (Collection): Those for which something is being generated; what
+              they have so far is counted.
+        """
+        for exchange in list(exchanges):
+            self._count(exchange)
         self._waiting.set(num_waiting)
-        self._running.set(num_running)
+        self._running.set(len(exchanges))
+        self._active.set(mx.get_active_memory())
+        self._peak.set(mx.get_peak_memory())
         return self._render(self._registry)
 
     def add(self, measured: Measurement) -> None:
         """Count a request that is over."""
         self._requests.labels(measured.route, str(measured.status)).inc()
 
-    def add_generation(
-        self, measured: Measurement, num_prompt_tokens: int, stats: SpeculationStats
-    ) -> None:
+    def add_generation(self, exchange: Exchange) -> None:
         """Count what was generated for a request that is over."""
-        self._prompt.inc(num_prompt_tokens)
-        self._generation.inc(measured.num_tokens)
+        measured = exchange.measured
+        self._count(exchange)
         self._latency.observe(time.monotonic() - measured.started)
         if measured.num_tokens:
             self._first.observe(measured.first_token - measured.started)
-        self._drafts.inc(stats.num_rounds)
-        self._drafted.inc(stats.num_drafted)
-        self._accepted.inc(stats.num_accepted)
-        for position, number in enumerate(stats.num_accepted_per_position):
-            self._accepted_at.labels(str(position)).inc(number)
+
+    def _count(self, exchange: Exchange) -> None:
+        """Add what a request has more of than when it was last counted."""
+        counted = exchange.measured.counted
+        with self._lock:
+            for (name, *label), total in _totals(exchange).items():
+                counter = self._counters[name]
+                added = total - counted.get((name, *label), 0)
+                (counter.labels(*label) if label else counter).inc(added)
+                counted[name, *label] = total
+
+
+def _totals(exchange: Exchange) -> Totals:
+    stats = stats_of(exchange)
+    # The choices of a reply have the prompt in common.
+    first = next(iter(_started(exchange)), None)
+    totals: Totals = {
+        ("prompt",): first.num_prompt_tokens if first else 0,
+        ("cached",): first.num_cached_tokens if first else 0,
+        ("generation",): exchange.measured.num_tokens,
+        ("drafts",): stats.num_rounds,
+        ("drafted",): stats.num_drafted,
+        ("accepted",): stats.num_accepted,
+    }
+    for name, numbers in (
+        ("drafted_at", stats.num_drafted_per_position),
+        ("accepted_at", stats.num_accepted_per_position),
+        ("calls_at", stats.num_calls_per_depth),
+    ):
+        totals |= {(name, str(at)): number for at, number in enumerate(numbers)}
+    return totals
+
+
+def stats_of(exchange: Exchange) -> SpeculationStats:
+    """What speculation did for all sequences of a request."""
+    found = [each.arguments.stats for each in _started(exchange)]
+    return SpeculationStats.total(stats for stats in found if stats)
+
+
+def _started(exchange: Exchange) -> list[Sequence]:
+    return [each for each in list(exchange.sequences) if each.num_prompt_tokens]
 
 
 def make_metrics() -> Metrics | None:
@@ -134,24 +201,23 @@ def finish(exchange: Exchange, metrics: Metrics | None) -> None:
     measured = exchange.measured
     if metrics is not None:
         metrics.add(measured)
-    if exchange.context is None:
+    if not (started := _started(exchange)):
         return
-    stats = carried_by(exchange.arguments).stats or SpeculationStats()
-    num_prompt_tokens = len(exchange.context.prompt)
+    stats = stats_of(exchange)
     logging.info(
         "%s %s: %s prompt tokens (%s cached), %s generated, %.1f tokens/s, "
         "draft_n %s, accepted %s",
         measured.route,
         measured.status,
-        num_prompt_tokens,
-        max(exchange.context.prompt_cache_count, 0),
+        started[0].num_prompt_tokens,
+        started[0].num_cached_tokens,
         measured.num_tokens,
         measured.tokens_per_second,
         stats.num_drafted,
         stats.num_accepted,
     )
     if metrics is not None:
-        metrics.add_generation(measured, num_prompt_tokens, stats)
+        metrics.add_generation(exchange)
 
 
 def require(metrics: Metrics | None) -> Metrics:

@@ -12,24 +12,20 @@ from collections.abc import Callable, MutableSet
 from queue import Queue
 from typing import Any
 
-from ._carried import carried_by
-from ._errors import ClientGone, during_generation
-from ._exchange import is_abandoned
+from ._errors import during_generation
 from ._guard import guard_processors, guard_sampler
-from ._state import state_of
 
 
 def admit(generator: Any, request: Any) -> Any:
     """A request that is taken from the line, None if nobody waits for it any more."""
     if request is None:
         return None
-    queue, _, arguments = request
+    inbox, _, arguments = request
     # All ranks have to serve the same requests.
-    if is_abandoned(queue) and not generator._is_distributed:
-        queue.put(ClientGone("the client left before its turn"))
+    if getattr(inbox, "is_closed", False) and not generator._is_distributed:
         return None
-    state_of(generator).waiting.add(queue)
-    carried_by(arguments).reply_queue = queue
+    generator.state.waiting.add(inbox)
+    arguments.inbox = inbox
     return request
 
 
@@ -40,11 +36,9 @@ def guard_sequences(options: dict[str, Any], arguments: Any) -> None:
 
     Args:
         options (dict): Arguments of ``insert_segments``; changed in place.
-        arguments (GenerationArguments): Of the request.
+        arguments (Arguments): Of the request.
     """
-    queue = carried_by(arguments).reply_queue
-    assert queue is not None, "the request was not taken from the line"
-    report = queue.put
+    report = arguments.inbox.put
     if samplers := options.get("samplers"):
         options["samplers"] = [guard_sampler(each, report) for each in samplers]
     if processors := options.get("logits_processors"):
@@ -59,7 +53,7 @@ def run_again(generator: Any, loop: Callable[[], None]) -> None:
     Raises:
         Exception: What broke the loop, if no request can have been the reason.
     """
-    waiting = state_of(generator).waiting
+    waiting = generator.state.waiting
     while True:
         try:
             return loop()

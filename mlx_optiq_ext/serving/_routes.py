@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import functools
-import io
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
-from . import _anthropic, _responses
+from mlx_lm import server
+
+from . import _anthropic, _completions, _responses
 from ._access import PREFLIGHT, check_key, check_origin
-from ._chat import Chat
-from ._completions import check_completion
-from ._errors import APIError, ClientGone, during_generation, openai_body
+from ._errors import APIError, ClientGone, during_generation
 from ._events import Usage
-from ._exchange import Exchange, current, parse_object
-from ._explain import explain
-from ._fields import optional
-from ._generation import count_tokens, load_images
+from ._exchange import Exchange
+from ._generation import count_tokens
 from ._metrics import finish, require
+from ._request import Request
 from ._serve import send_reply
-from ._state import state_of
 from ._store import Stored
 
 Body = dict[str, Any]
-
-
-class UpstreamError(Exception):
-    """mlx-lm was about to answer with an error, the cause of this one."""
 
 
 class Route(NamedTuple):
@@ -72,16 +64,15 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 def serve(handler: Any) -> None:
     """Answer the request whose headers a handler has read."""
-    exchange = Exchange(handler)
-    token = current.set(exchange)
+    exchange = handler.exchange = Exchange(handler)
     try:
         _answer(exchange)
     except ClientGone as exc:
         logging.info("%s: %s", exchange.place, exc)
     finally:
-        current.reset(token)
+        handler.exchange = None
         exchange.close()
-        state = state_of(exchange.generator)
+        state = exchange.generator.state
         state.exchanges.discard(exchange)
         finish(exchange, state.metrics)
 
@@ -146,43 +137,55 @@ def _not_allowed(method: str, path: str, allowed: Iterable[str]) -> APIError:
 
 def _messages(exchange: Exchange) -> None:
     body = exchange.read_json()
-    chat = _anthropic.read_request(body)
+    request = _anthropic.read_request(body)
     usage = Usage()
-    reply = _anthropic.MessageReply(_echoed(exchange, chat), usage, exchange.request_id)
-    send_reply(exchange, chat, reply, usage)
+    model = _echoed(exchange, request)
+    reply = _anthropic.MessageReply(model, usage, exchange.request_id)
+    send_reply(exchange, request, reply, usage)
 
 
 def _count_message_tokens(exchange: Exchange) -> None:
-    chat = _anthropic.read_request(exchange.read_json(), counts_only=True)
-    _send_count(exchange, chat, {})
+    request = _anthropic.read_request(exchange.read_json(), counts_only=True)
+    _send_count(exchange, request, {})
 
 
 def _responses_create(exchange: Exchange) -> None:
-    store = state_of(exchange.generator).store
-    request = _responses.read_request(exchange.read_json(), store)
+    store = exchange.generator.state.store
+    asked = _responses.read_request(exchange.read_json(), store)
     usage = Usage()
-    model = _echoed(exchange, request.chat)
-    reply = _responses.ResponseReply(model, request, usage)
+    model = _echoed(exchange, asked.request)
+    reply = _responses.ResponseReply(model, asked, usage)
 
     def keep(response: Body) -> None:
-        if request.is_stored:
-            store.add(Stored(response, request.items))
+        if asked.is_stored:
+            store.add(Stored(response, asked.items))
 
-    send_reply(exchange, request.chat, reply, usage, keep)
+    send_reply(exchange, asked.request, reply, usage, keep)
 
 
 def _count_response_tokens(exchange: Exchange) -> None:
-    store = state_of(exchange.generator).store
-    request = _responses.read_request(exchange.read_json(), store)
-    _send_count(exchange, request.chat, {"object": "response.input_tokens"})
+    store = exchange.generator.state.store
+    asked = _responses.read_request(exchange.read_json(), store)
+    _send_count(exchange, asked.request, {"object": "response.input_tokens"})
 
 
-def _send_count(exchange: Exchange, chat: Chat, body: Body) -> None:
-    try:
-        num_tokens = count_tokens(exchange.generator, chat)
-    except Exception as exc:
-        raise explain(exchange, exc) from exc
+def _send_count(exchange: Exchange, request: Request, body: Body) -> None:
+    num_tokens = count_tokens(exchange, request)
     exchange.send_json(200, body | {"input_tokens": num_tokens})
+
+
+def _chat_completions(exchange: Exchange) -> None:
+    request = _completions.read_chat_request(exchange.read_json())
+    usage = Usage()
+    reply = _completions.ChatReply(exchange, request, usage)
+    send_reply(exchange, request, reply, usage)
+
+
+def _text_completions(exchange: Exchange) -> None:
+    request = _completions.read_completion_request(exchange.read_json())
+    usage = Usage()
+    reply = _completions.TextReply(exchange, request, usage)
+    send_reply(exchange, request, reply, usage)
 
 
 def _responses_get(exchange: Exchange, response_id: str) -> None:
@@ -191,7 +194,7 @@ def _responses_get(exchange: Exchange, response_id: str) -> None:
 
 def _responses_delete(exchange: Exchange, response_id: str) -> None:
     _stored(exchange, response_id)
-    state_of(exchange.generator).store.remove(response_id)
+    exchange.generator.state.store.remove(response_id)
     body = {"id": response_id, "object": "response", "deleted": True}
     exchange.send_json(200, body)
 
@@ -207,7 +210,7 @@ def _responses_items(exchange: Exchange, response_id: str) -> None:
 
 
 def _stored(exchange: Exchange, response_id: str) -> Stored:
-    stored = state_of(exchange.generator).store.get(response_id)
+    stored = exchange.generator.state.store.get(response_id)
     if stored is None:
         raise APIError(404, f"Response with id '{response_id}' not found.")
     return stored
@@ -224,15 +227,15 @@ def _responses_upgrade(exchange: Exchange) -> None:
     raise _not_allowed(method, exchange.path, ("POST", "OPTIONS"))
 
 
-def _echoed(exchange: Exchange, chat: Chat) -> str:
-    return chat.model or str(exchange.cli_args.model)
+def _echoed(exchange: Exchange, request: Request) -> str:
+    return request.model or str(exchange.cli_args.model)
 
 
 def _metrics(exchange: Exchange) -> None:
-    state = state_of(exchange.generator)
+    state = exchange.generator.state
     metrics = require(state.metrics)
     num_waiting = exchange.generator.requests.qsize()
-    text = metrics.text(num_waiting, len(state.exchanges))
+    text = metrics.text(num_waiting, state.exchanges)
     exchange.send_text(text, metrics.content_type)
 
 
@@ -246,48 +249,7 @@ def _preflight(exchange: Exchange, *_: str) -> None:
 
 def _upstream_get(exchange: Exchange, *_: str) -> None:
     exchange.handler.path = exchange.path
-    exchange.handler.do_GET()
-
-
-def _upstream_post(exchange: Exchange) -> None:
-    """mlx-lm's completions, but with the errors that clients of OpenAI expect."""
-    handler = exchange.handler
-    data = check_completion(exchange.path, exchange.read_body())
-    data = _with_images(exchange, data)
-    handler.path = exchange.path
-    handler.headers.replace_header("Content-Length", str(len(data)))
-    rfile, handler.rfile = handler.rfile, io.BytesIO(data)
-    exchange.translates_errors = True
-    try:
-        handler.do_POST()
-    except Exception as exc:
-        cause = exc.__cause__ if isinstance(exc, UpstreamError) else exc
-        if isinstance(cause, ClientGone):
-            raise cause from None
-        _upstream_failure(exchange, cause or exc)
-    finally:
-        exchange.translates_errors = False
-        handler.rfile = rfile
-
-
-def _with_images(exchange: Exchange, data: bytes) -> bytes:
-    """The body of a completion, with the bytes of its remote images in it."""
-    if not exchange.path.endswith("/chat/completions"):
-        return data
-    body = parse_object(data)
-    chat = Chat(optional(body, "model", str), body["messages"], body=body)
-    load_images(exchange.generator, chat)
-    return json.dumps(body).encode()
-
-
-def _upstream_failure(exchange: Exchange, exc: BaseException) -> None:
-    error = explain(exchange, exc)
-    if error.status >= 500:
-        logging.error("%s failed", exchange.place, exc_info=exc)
-    if not exchange.is_started:
-        raise error from exc
-    if exchange.handler.stream:
-        exchange.send_data(openai_body(error))
+    server.APIHandler.do_GET(exchange.handler)
 
 
 _RESPONSES = "[/v1]/responses"
@@ -310,6 +272,6 @@ ROUTES = (
     Route("GET", "/v1/models/{path}", _upstream_get),
     Route("OPTIONS", "/{path}", _preflight, is_open=True),
     Route("OPTIONS", "*", _preflight, is_open=True),
-    Route("POST", "/v1/completions", _upstream_post),
-    Route("POST", "[/v1]/chat/completions", _upstream_post),
+    Route("POST", "/v1/completions", _text_completions),
+    Route("POST", "[/v1]/chat/completions", _chat_completions),
 )

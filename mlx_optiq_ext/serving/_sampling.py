@@ -5,46 +5,45 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .._record import record_of
-from ._carried import carried_by
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 RECOMMENDED = "Requests that do not say are sampled as the model recommends: {}{}"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def note_given(arguments: Any, body: dict[str, Any], cli_args: Any) -> None:
-    """Remember with a request what it or the command line asks for.
+def given_fields(body: dict[str, Any], cli_args: Any) -> Collection[str] | None:
+    """What a request or the command line asks for, None if nothing is recommended.
 
     Args:
-        arguments (GenerationArguments): Of the request.
         body (dict): Of the request.
         cli_args (Namespace): With the sampling flags that were given.
     """
-    if getattr(cli_args, "recommended_sampling", False):
-        names = {name for name, value in body.items() if value is not None}
-        carried_by(arguments).given = names | cli_args.given_sampling
+    if not getattr(cli_args, "recommended_sampling", False):
+        return None
+    names = {name for name, value in body.items() if value is not None}
+    return names | cli_args.given_sampling
 
 
 def recommend(arguments: Any, model: Any, num_tokens: int) -> None:
     """Fill in what a model recommends where nobody asked for anything.
 
     Args:
-        arguments (GenerationArguments): Of a request; changed in place.
+        arguments (Arguments): Of a request; changed in place.
         model (nn.Module): The model that the request is for.
         num_tokens (int): The number of tokens that there are to sample from.
     """
-    given = carried_by(arguments).given
     source = record_of(model).source
-    if given is None or source is None:
+    if arguments.given is None or source is None:
         return
     for name, value in read_recommended(source).items():
         if name == "top_k" and value >= num_tokens:
             value = 0  # mlx-lm takes no other number for "all of them".
-        if name not in given:
+        if name not in arguments.given:
             owner = arguments.sampling if name in SAMPLING else arguments.logits
             setattr(owner, name, value)
 

@@ -1,30 +1,31 @@
-"""Generates the reply to a chat and sends it, streamed or in one piece."""
+"""Generates the reply to a request and sends it, streamed or in one piece."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from ._chat import Chat
 from ._errors import APIError, ClientGone
-from ._events import End, Event, Usage
+from ._events import Event, Usage
 from ._exchange import Exchange
 from ._explain import explain
-from ._fields import optional
-from ._generation import ChatRequest, chat_request, generation_arguments, load_images
-from ._reply import Splitter, read_reply, trim, with_leading_space
+from ._generation import Generation
+from ._request import Request
 
 Body = dict[str, Any]
 
 
 class Reply(Protocol):
-    """Writes a reply in the events of one API."""
+    """Writes a reply in the words of one API."""
 
     def start(self) -> Iterator[Body]: ...
 
     def feed(self, event: Event) -> Iterator[Body]: ...
+
+    def finish(self) -> Iterator[Body | str]:
+        """The end, after the events of all choices."""
+        ...
 
     def failure(self, error: APIError) -> Iterator[Body]: ...
 
@@ -35,7 +36,7 @@ class Reply(Protocol):
 
 def send_reply(
     exchange: Exchange,
-    chat: Chat,
+    request: Request,
     reply: Reply,
     usage: Usage,
     keep: Callable[[Body], None] = lambda body: None,
@@ -44,7 +45,7 @@ def send_reply(
 
     Args:
         exchange (Exchange): Whom to send it to.
-        chat (Chat): What to generate it from.
+        request (Request): What to generate it from.
         reply (Reply): Writes it.
         usage (Usage): Counts its tokens.
         keep (Callable): Called with the whole of it when it is complete.
@@ -52,77 +53,36 @@ def send_reply(
     Raises:
         APIError: If it failed before anything was sent.
     """
-    is_streamed = _is_streamed(chat)
-    if is_streamed:
+    generation = Generation(exchange, request, usage)
+    if request.is_streamed:
         exchange.open_stream(reply)
     try:
-        for body in write_reply(exchange, chat, reply, usage):
-            if body["type"] in LAST_EVENTS:
-                keep(reply.result())
-            if is_streamed:
+        for body in write_reply(generation, reply, keep):
+            if request.is_streamed:
                 exchange.send_event(body)
     except ClientGone:
         raise
     except Exception as exc:
         _fail(exchange, reply, exc)
     else:
-        if not is_streamed:
+        if not request.is_streamed:
             exchange.send_json(200, reply.result())
 
 
-# Who has them may ask for the response.
-LAST_EVENTS = ("response.completed", "response.incomplete")
-
-
 def write_reply(
-    exchange: Exchange, chat: Chat, reply: Reply, usage: Usage
-) -> Iterator[Body]:
+    generation: Generation, reply: Reply, keep: Callable[[Body], None]
+) -> Iterator[Body | str]:
     """The events of a reply while it is generated."""
-    load_images(exchange.generator, chat)
-    request = chat_request(chat)
-    arguments = generation_arguments(chat, exchange.cli_args)
-    context, responses = exchange.generator.generate(
-        request, arguments, progress_callback=_log_progress
-    )
-    if context.prompt_cache_count < 0:
-        # The length of the cached prefix is known as soon as there is a token.
-        responses = itertools.chain([next(responses)], responses)
-    usage.num_prompt_tokens = len(context.prompt)
-    usage.num_cached_tokens = max(context.prompt_cache_count, 0)
-    yield from reply.start()
-    for event in trim(_events(request, context, responses, usage)):
+    has_started = False
+    for event in generation.events():
+        if not has_started:
+            has_started = True
+            yield from reply.start()
         yield from reply.feed(event)
-
-
-def _events(
-    request: ChatRequest, context: Any, responses: Iterator[Any], usage: Usage
-) -> Iterator[Event]:
-    chat = request.chat
-    if chat.max_tokens == 0:
-        next(responses)
-        return iter([End("length")])
-    if chat.prefill:
-        responses = with_leading_space(responses, request.tokenizer)
-    parser = context.tool_parser if context.has_tool_calling else None
-    splitter = Splitter(
-        context.text_sm,
-        context.initial_state,
-        parser,
-        request.tools,
-        chat.stop,
-        streams_calls=_is_streamed(chat),
-    )
-    return read_reply(
-        responses,
-        splitter,
-        usage,
-        one_call=chat.one_call,
-        is_cut_by_context=request.is_cut_by_context,
-    )
-
-
-def _is_streamed(chat: Chat) -> bool:
-    return optional(chat.body, "stream", bool, False)
+    # Who has the end may ask for the whole.
+    last = list(reply.finish())
+    keep(reply.result())
+    yield from last
 
 
 def _fail(exchange: Exchange, reply: Reply, exc: Exception) -> None:
@@ -133,7 +93,3 @@ def _fail(exchange: Exchange, reply: Reply, exc: Exception) -> None:
         raise error from exc
     for body in reply.failure(error):
         exchange.send_event(body)
-
-
-def _log_progress(num_processed: int, num_total: int) -> None:
-    logging.info("Prompt processing progress: %s/%s", num_processed, num_total)

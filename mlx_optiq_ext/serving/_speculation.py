@@ -13,8 +13,8 @@ from .._record import record_of
 from ..decoding import SequenceOptions, SpeculationStats
 from ..drafters import Drafter, MTPDrafter, as_drafter, limit_drafts
 from ..mixins import attach_mtp
-from ._carried import carried_by
 from ._errors import bad_request
+from ._events import Usage
 
 
 class ServedSpeculation:
@@ -32,10 +32,11 @@ def options_of(arguments: Any) -> SequenceOptions:
     """What a request asks for; its statistics are left with its arguments.
 
     Args:
-        arguments (GenerationArguments): Of the request.
+        arguments (Arguments): Of the request.
     """
-    number, stats = arguments.num_draft_tokens, SpeculationStats()
-    carried_by(arguments).stats = stats
+    number = arguments.num_draft_tokens
+    stats = SpeculationStats(records_sources=arguments.records_sources)
+    arguments.stats = stats
     return SequenceOptions(
         "auto" if number is AUTO_AS_NUMBER else number, stats, arguments.seed
     )
@@ -68,24 +69,25 @@ def check_draft_tokens(arguments: Any) -> None:
         )
 
 
-def add_counts(response: dict[str, Any], stats: SpeculationStats) -> None:
-    """Add what speculation did to the last object of a completion.
+def timings(usage: Usage) -> dict[str, Any]:
+    """What speculation did for a reply, in the words of llama.cpp's server.
 
     Args:
-        response (dict): In OpenAI's words; changed in place.
-        stats (SpeculationStats): Of the request.
+        usage (Usage): Of the reply, once its end was fed.
     """
-    is_last = any(choice.get("finish_reason") for choice in response["choices"])
-    if "usage" in response:
-        response["usage"]["completion_tokens_details"] = {
-            "accepted_prediction_tokens": stats.num_accepted,
-            "rejected_prediction_tokens": stats.num_drafted - stats.num_accepted,
-        }
-    if is_last or "usage" in response:
-        response["timings"] = {
+    if not usage.stats:
+        return {}
+    stats = SpeculationStats.total(usage.stats)
+    return {
+        "timings": {
             "draft_n": stats.num_drafted,
             "draft_n_accepted": stats.num_accepted,
+            "draft_rounds": stats.num_rounds,
+            "draft_n_per_position": stats.num_drafted_per_position,
+            "draft_n_accepted_per_position": stats.num_accepted_per_position,
+            "calls_per_depth": stats.num_calls_per_depth,
         }
+    }
 
 
 def serve_speculatively(provider: Any) -> None:

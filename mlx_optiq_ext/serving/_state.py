@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from queue import Queue
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from ._metrics import Metrics, make_metrics
 from ._store import ResponseStore
@@ -27,16 +26,3 @@ class ServerState:
     waiting: WeakSet[Queue[Any]] = field(default_factory=WeakSet)
     metrics: Metrics | None = field(default_factory=make_metrics)
     exchanges: set[Any] = field(default_factory=set)
-
-
-_states: WeakKeyDictionary[Any, ServerState] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-def state_of(generator: Any) -> ServerState:
-    """The state of a generator, made when it is asked for the first time."""
-    with _lock:
-        state = _states.get(generator)
-        if state is None:
-            state = _states[generator] = ServerState()
-        return state

@@ -1,4 +1,4 @@
-"""Export in the layout of the Hugging Face checkpoints of Gemma-4."""
+"""Export: first as Hugging Face stores Gemma-4, then quantised."""
 
 # mypy: disable-error-code="import-not-found"
 
@@ -8,11 +8,19 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import torch
+from demo_model.export import convert
+from demo_model.rounding import BITS, GROUP_SIZE
 from demo_model.text import END_OF_TEXT, END_OF_TURN, TOKENIZER_FILES
+from mlx.utils import tree_flatten
 from safetensors.torch import save_file
+
+from mlx_optiq_ext.assistants import load_assistant
 
 from . import ASSISTANT_FOLDER
 from .model import ASSISTANT, ROTATIONS, TARGET, Shape
@@ -22,25 +30,47 @@ _ROPE_TYPES = {"sliding_attention": "default", "full_attention": "proportional"}
 
 
 def export(training: Path, tokenizer: Path, folder: Path) -> None:
-    """Write everything in the model's folder, its assistant's included.
+    """Write everything in the model's folder, its assistant's included, but its README.
 
     Args:
         training (Path): The folder that training wrote to.
         tokenizer (Path): The folder that `demo_model.text.save_tokenizer` wrote to.
         folder (Path): The model's.
     """
-    assistant = folder / ASSISTANT_FOLDER
-    assistant.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizer(tokenizer, folder)
-    _export_weights(training / "target.pt", folder, "model.language_model.")
-    _export_weights(training / "assistant.pt", assistant, "")
-    _write_json(folder / "config.json", _target_config())
-    _write_json(assistant / "config.json", _assistant_config())
-    _write_json(folder / "generation_config.json", _target_generation())
-    _write_json(assistant / "generation_config.json", _assistant_generation())
+    with TemporaryDirectory() as name:
+        full, quantized = Path(name) / "full", Path(name) / "quantized"
+        full_assistant = Path(name) / "assistant"
+        _copy_tokenizer(tokenizer, full)
+        _export_weights(training / "target.pt", full, "model.language_model.")
+        _write_json(full / "config.json", _target_config())
+        _write_json(full / "generation_config.json", _target_generation())
+        convert(full, quantized, folder)
+        _export_weights(training / "assistant.pt", full_assistant, "")
+        _write_json(full_assistant / "config.json", _assistant_config())
+        _quantize_assistant(full_assistant, folder / ASSISTANT_FOLDER)
+
+
+def _quantize_assistant(full: Path, folder: Path) -> None:
+    """Quantise an assistant, its two projections excepted."""
+    assistant = load_assistant(full)
+    params = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
+
+    def is_quantized(path: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and not path.endswith("_projection")
+
+    nn.quantize(assistant, **params, class_predicate=is_quantized)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    tensors = dict(tree_flatten(assistant.parameters()))
+    mx.save_safetensors(str(weights), tensors, metadata={"format": "mlx"})
+    weights.chmod(0o644)
+    config = _assistant_config() | {"quantization": params}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", _assistant_generation())
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, folder / name)
     # The class of the files' own model cuts text in its own way whatever they say; this
@@ -51,11 +81,10 @@ def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
 
 
 def _export_weights(checkpoint: Path, folder: Path, prefix: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     state = torch.load(checkpoint, map_location="cpu")["state"]
     tensors = {prefix + name: x.float().contiguous() for name, x in state.items()}
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _text_config(shape: Shape) -> dict[str, Any]:

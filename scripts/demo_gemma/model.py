@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from demo_model.rounding import Embedding, Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,16 +29,16 @@ _NUM_BEYOND_WINDOW = 1
 class Shape:
     """The dimensions of either model, under the names of its config.json."""
 
-    hidden_size: int = 128
-    intermediate_size: int = 352
-    layer_types: tuple[str, ...] = 2 * (5 * (SLIDING,) + (FULL,))
-    num_kv_shared_layers: int = 5
-    vocab_size: int = 2048
-    num_attention_heads: int = 2
+    hidden_size: int = 384
+    intermediate_size: int = 960
+    layer_types: tuple[str, ...] = 2 * (3 * (SLIDING,) + (FULL,))
+    num_kv_shared_layers: int = 2
+    vocab_size: int = 6144
+    num_attention_heads: int = 4
     num_key_value_heads: int = 1
     head_dim: int = 64
     global_head_dim: int = 128
-    sliding_window: int = 128
+    sliding_window: int = 256
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     final_logit_softcapping: float | None = 30.0
@@ -50,8 +51,8 @@ class Shape:
 
 TARGET = Shape()
 ASSISTANT = Shape(
-    hidden_size=96,
-    intermediate_size=288,
+    hidden_size=256,
+    intermediate_size=640,
     layer_types=(SLIDING, FULL),
     num_kv_shared_layers=2,
     final_logit_softcapping=None,
@@ -78,9 +79,9 @@ class MLP(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         inner, outer = shape.intermediate_size, shape.hidden_size
-        self.gate_proj = nn.Linear(outer, inner, bias=False)
-        self.up_proj = nn.Linear(outer, inner, bias=False)
-        self.down_proj = nn.Linear(inner, outer, bias=False)
+        self.gate_proj = Linear(outer, inner)
+        self.up_proj = Linear(outer, inner)
+        self.down_proj = Linear(inner, outer)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = functional.gelu(self.gate_proj(x), approximate="tanh")
@@ -106,12 +107,12 @@ class Attention(nn.Module):
         self.num_groups = num_heads // shape.num_key_value_heads
         # The learned norms are all that scales the scores.
         norms = {"size": dim, "eps": self.eps, "initial": dim**-0.25}
-        self.q_proj = nn.Linear(size, num_heads * dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * dim, size, bias=False)
+        self.q_proj = Linear(size, num_heads * dim)
+        self.o_proj = Linear(num_heads * dim, size)
         self.q_norm = RMSNorm(**norms)
         if has_kv:
-            self.k_proj = nn.Linear(size, kv_size, bias=False)
-            self.v_proj = nn.Linear(size, kv_size, bias=False)
+            self.k_proj = Linear(size, kv_size)
+            self.v_proj = Linear(size, kv_size)
             self.k_norm = RMSNorm(**norms)
 
     def forward(
@@ -199,7 +200,7 @@ class Gemma4(nn.Module):
         super().__init__()
         self.shape = shape
         num_own = shape.num_hidden_layers - shape.num_kv_shared_layers
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(shape, layer_type, has_kv=i < num_own)
             for i, layer_type in enumerate(shape.layer_types)
@@ -223,7 +224,7 @@ class Gemma4(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits through the tied embedding, with the cap."""
         cap = self.shape.final_logit_softcapping
-        logits = functional.linear(hidden, self.embed_tokens.weight).float()
+        logits = self.embed_tokens.project(hidden).float()
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -243,7 +244,7 @@ class Assistant(nn.Module):
         self.pre_projection = nn.Linear(2 * backbone_size, size, bias=False)
         self.post_projection = nn.Linear(size, backbone_size, bias=False)
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(shape.vocab_size, size)
+        self.model.embed_tokens = Embedding(shape.vocab_size, size)
         self.model.layers = nn.ModuleList(
             DecoderLayer(shape, layer_type, has_kv=False)
             for layer_type in shape.layer_types
@@ -270,7 +271,7 @@ class Assistant(nn.Module):
         for layer, layer_type in layers:
             x, _ = layer(x, shared[layer_type], _QUERY_POSITION)
         x = self.model.norm(x)
-        logits = functional.linear(x, self.model.embed_tokens.weight).float()
+        logits = self.model.embed_tokens.project(x).float()
         return logits, self.post_projection(x).float()
 
 

@@ -9,80 +9,83 @@ from typing import Any
 
 import torch
 from demo_model.loop import (
-    Log,
     Recipe,
+    Streams,
+    Task,
     eager,
     fit,
     held_out_batches,
-    load_streams,
-    save,
+    prepare,
 )
+from demo_model.rounding import switch_rounding
 from torch import Tensor
 from torch.nn import functional
 
 from .model import ASSISTANT, TARGET, Assistant, Gemma4
 
-# What a round's first draft, its second and its third count for.
-DRAFT_WEIGHTS = (1.0, 0.5, 0.25)
+# What a round's drafts count for, the first to the last.
+DRAFT_WEIGHTS = (1.0, 0.5, 0.25, 0.25)
 _NUM_DRAFTS = len(DRAFT_WEIGHTS)
-_HELD_OUT = ("code", "chat")
 
 
 def train_target(
     streams: Path, output: Path, recipe: Recipe, *, is_compiled: bool
-) -> None:
+) -> bool:
     """Train the language model and write target.pt and target.jsonl.
 
     Args:
-        streams (Path): streams.npz, see `demo_model.text.write_streams`.
-        output (Path): The folder that is written, every minute.
+        streams (Path): The folder that `demo_model.text.write_streams` wrote to.
+        output (Path): The folder that is written.
         recipe (Recipe): What to do.
         is_compiled (bool): Whether to use torch.compile, for CUDA.
+
+    Returns:
+        bool: Whether all steps are done.
     """
-    device = _prepare(is_compiled=is_compiled)
-    tokens = load_streams(streams, device)
+    device = prepare()
     model = Gemma4(TARGET, seed=recipe.seed).to(device)
     loss_of = _language_loss
     if is_compiled:
         _compile_layers(model)
         loss_of = torch.compile(_language_loss, dynamic=False)
 
-    def losses_of(batch: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    def losses_of(batch: Tensor) -> tuple[Tensor, Tensor]:
         hidden, _ = model(batch[:, :-1])
         loss = loss_of(model, hidden, batch[:, 1:])
         return loss, loss[None]
 
-    def report(num_steps: int) -> dict[str, Any]:
-        save(model, output / "target.pt", num_steps, recipe)
-        return {name: evaluate_target(model, tokens[name]) for name in _HELD_OUT}
+    def evaluate(tokens: Tensor) -> dict[str, float]:
+        return evaluate_target(model, tokens)
 
-    log = Log(output / "target.jsonl", ("lm",))
-    fit(
-        model,
-        tokens["train"],
-        recipe,
-        log,
+    task = Task(
+        model=model,
+        checkpoint=output / "target.pt",
         num_extra=1,
+        names=("lm",),
         losses_of=losses_of,
-        report=report,
+        evaluate=evaluate,
     )
+    return fit(task, Streams(streams, device), recipe)
 
 
 def train_assistant(
     streams: Path, output: Path, recipe: Recipe, *, is_compiled: bool
-) -> None:
+) -> bool:
     """Distil the assistant of target.pt and write assistant.pt and assistant.jsonl.
 
     Args:
-        streams (Path): streams.npz, see `demo_model.text.write_streams`.
-        output (Path): The folder that has target.pt and is written, every minute.
+        streams (Path): The folder that `demo_model.text.write_streams` wrote to.
+        output (Path): The folder that has target.pt and is written.
         recipe (Recipe): What to do.
         is_compiled (bool): Whether to use torch.compile, for CUDA.
+
+    Returns:
+        bool: Whether all steps are done.
     """
-    device = _prepare(is_compiled=is_compiled)
-    tokens = load_streams(streams, device)
+    device = prepare()
     target = Gemma4(TARGET).to(device).requires_grad_(False)
     target.load_state_dict(torch.load(output / "target.pt")["state"])
+    switch_rounding(target, on=True)
     model = Assistant(ASSISTANT, TARGET.hidden_size, seed=recipe.seed).to(device)
     losses_of_batch = _draft_losses
     if is_compiled:
@@ -90,45 +93,35 @@ def train_assistant(
         losses_of_batch = torch.compile(_draft_losses, dynamic=False)
     weights = torch.tensor(DRAFT_WEIGHTS, device=device)
 
-    def losses_of(batch: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    def losses_of(batch: Tensor) -> tuple[Tensor, Tensor]:
         hidden, shared = target(batch[:, :-_NUM_DRAFTS])
         losses, _ = losses_of_batch(target, model, batch, hidden, shared)
         return losses @ weights, losses
 
-    def report(num_steps: int) -> dict[str, Any]:
-        save(model, output / "assistant.pt", num_steps, recipe)
-        return {
-            name: evaluate_assistant(target, model, tokens[name]) for name in _HELD_OUT
-        }
+    def evaluate(tokens: Tensor) -> dict[str, float]:
+        return evaluate_assistant(target, model, tokens)
 
-    names = tuple(f"draft_{i}" for i in range(1, _NUM_DRAFTS + 1))
-    fit(
-        model,
-        tokens["train"],
-        recipe,
-        Log(output / "assistant.jsonl", names),
+    task = Task(
+        model=model,
+        checkpoint=output / "assistant.pt",
         num_extra=_NUM_DRAFTS,
+        names=tuple(f"draft_{i}" for i in range(1, _NUM_DRAFTS + 1)),
         losses_of=losses_of,
-        report=report,
+        evaluate=evaluate,
     )
+    return fit(task, Streams(streams, device), recipe)
 
 
 @torch.no_grad()
-def evaluate_target(
-    model: Gemma4, tokens: Tensor, *, length: int = 512, num_windows: int = 256
-) -> dict[str, float]:
+def evaluate_target(model: Gemma4, tokens: Tensor) -> dict[str, float]:
     """Measure the loss in nats per token.
 
     Args:
         model (Gemma4): The model.
         tokens (Tensor): A held-out stream, [N].
-        length (int): Of a window, in tokens.
-        num_windows (int): At most so many windows, evenly spread over the stream.
     """
     loss = 0.0
-    for batch, share in held_out_batches(
-        tokens, length=length, num_windows=num_windows, num_extra=1
-    ):
+    for batch, share in held_out_batches(tokens, num_extra=1):
         with eager(tokens.device):
             hidden, _ = model(batch[:, :-1])
             loss += _language_loss(model, hidden, batch[:, 1:]).item() * share
@@ -137,12 +130,7 @@ def evaluate_target(
 
 @torch.no_grad()
 def evaluate_assistant(
-    target: Gemma4,
-    model: Assistant,
-    tokens: Tensor,
-    *,
-    length: int = 512,
-    num_windows: int = 256,
+    target: Gemma4, model: Assistant, tokens: Tensor
 ) -> dict[str, float]:
     """Measure losses in nats per token and teacher-forced greedy agreement.
 
@@ -150,13 +138,9 @@ def evaluate_assistant(
         target (Gemma4): The language model.
         model (Assistant): Its assistant.
         tokens (Tensor): A held-out stream, [N].
-        length (int): Of a window, in tokens.
-        num_windows (int): At most so many windows, evenly spread over the stream.
     """
     sums = torch.zeros(2, _NUM_DRAFTS, device=tokens.device)
-    for batch, share in held_out_batches(
-        tokens, length=length, num_windows=num_windows, num_extra=_NUM_DRAFTS
-    ):
+    for batch, share in held_out_batches(tokens, num_extra=_NUM_DRAFTS):
         with eager(tokens.device):
             hidden, shared = target(batch[:, :-_NUM_DRAFTS])
             figures = _draft_losses(target, model, batch, hidden, shared)
@@ -192,15 +176,6 @@ def _draft_losses(
         losses.append(-(wanted[:, i:] * draft.log_softmax(-1)).sum(-1).mean())
         agreements.append((draft.argmax(-1) == choice[:, i:]).float().mean())
     return torch.stack(losses), torch.stack(agreements)
-
-
-def _prepare(*, is_compiled: bool) -> torch.device:
-    torch.set_float32_matmul_precision("high")
-    if is_compiled:
-        # Layers with and without keys of their own, of either type, with and without
-        # gradients, are more than torch compiles a function for by default.
-        torch._dynamo.config.recompile_limit = 64
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _compile_layers(model: Gemma4) -> None:

@@ -1,4 +1,4 @@
-"""Export in the layout of the Hugging Face checkpoints of Qwen3.5."""
+"""Export: first as Hugging Face stores Qwen3.5, then quantised by mlx-lm."""
 
 # mypy: disable-error-code="import-not-found"
 
@@ -8,25 +8,36 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlx_lm
 import torch
 from safetensors.torch import save_file
 
 from .model import Shape
+from .rounding import BITS, GROUP_SIZE
 from .text import END_OF_TEXT, END_OF_TURN, TOKENIZER_FILES
 
 _DTYPE = "float32"
 
 
 def export(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
-    """Write everything in a model folder but its README.
+    """Write a model folder without its README, quantised as `mlx_lm.convert` does it.
 
     Args:
         checkpoint (Path): What `train` wrote.
         tokenizer (Path): The folder that `save_tokenizer` wrote to.
         folder (Path): The model's.
     """
+    with TemporaryDirectory() as name:
+        full, quantized = Path(name) / "full", Path(name) / "quantized"
+        write_full(checkpoint, tokenizer, full)
+        convert(full, quantized, folder)
+
+
+def write_full(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
+    """Write the model in float32, in the layout of the Hugging Face checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, folder / name)
@@ -35,11 +46,28 @@ def export(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
         name.replace("model.", "model.language_model.", 1): value.float().contiguous()
         for name, value in state.items()
     }
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _config(Shape()))
     _write_json(folder / "generation_config.json", _generation_config())
+
+
+def convert(full: Path, quantized: Path, folder: Path) -> None:
+    """Quantise a model, with its head, and keep its tokenizer's files as they were.
+
+    Args:
+        full (Path): The model in float32.
+        quantized (Path): A folder that does not exist yet.
+        folder (Path): Where the result goes.
+    """
+    mlx_lm.convert(
+        str(full), str(quantized), quantize=True, q_bits=BITS, q_group_size=GROUP_SIZE
+    )
+    (quantized / "README.md").unlink(missing_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(full / name, quantized / name)
+    for path in quantized.rglob("*.safetensors"):
+        path.chmod(0o644)
+    shutil.copytree(quantized, folder, dirs_exist_ok=True)
 
 
 def _config(shape: Shape) -> dict[str, Any]:

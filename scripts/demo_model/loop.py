@@ -1,10 +1,9 @@
-"""The training loop: batches of one stream, AdamW, a schedule, a log, checkpoints."""
+"""The training loop: batches, Muon and AdamW, a schedule, a log, checkpoints."""
 
 # mypy: disable-error-code="import-not-found"
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -18,115 +17,137 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .rounding import switch_rounding
+
 _LOG_EVERY = 100
+_REPORT_EVERY = 1000
+_HELD_OUT = ("held_out_code", "held_out_chat")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run; `max_seconds`, compilation included, can shorten its schedule."""
+    """A training run.
 
-    num_steps: int = 7510
+    The last part of it trains with rounded weights and with more conversations.
+    """
+
+    num_steps: int
     max_seconds: float = math.inf
     batch_size: int = 64
     length: int = 1024
-    learning_rate: float = 6e-3
-    num_warmup_steps: int = 300
+    learning_rate: float = 4e-3
+    num_warmup_steps: int = 200
     weight_decay: float = 0.1
+    rounding_from: float = 0.75
+    chat_share: float = 0.15
+    late_chat_share: float = 0.3
     seed: int = 0
 
 
-def fit(
-    model: nn.Module,
-    tokens: Tensor,
-    recipe: Recipe,
-    log: Log,
-    *,
-    num_extra: int,
-    losses_of: Callable[[Tensor, float], tuple[Tensor, Tensor]],
-    report: Callable[[int], dict[str, Any]],
-) -> None:
-    """Train a model.
+class Streams:
+    """The token streams of the corpus, on the device.
 
     Args:
-        model (nn.Module): On the device of the tokens.
-        tokens (Tensor): The stream, [N].
-        recipe (Recipe): What to do.
-        log (Log): Is told of each step and, every minute, of the report.
-        num_extra (int): How many tokens a window of a batch has beyond its length.
-        losses_of (Callable): Gets a batch and the progress, 0 to 1; returns the loss to
-            minimise, and losses for the log.
-        report (Callable): Gets the number of steps; evaluates and saves the model.
-    """
-    optimizer = _make_optimizer(model, recipe)
-    clock = Clock(recipe)
-    for batch in _batches(tokens, recipe, num_extra):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(clock, recipe)
-        with torch.autocast(tokens.device.type, torch.bfloat16):
-            total, losses = losses_of(batch, clock.progress)
-            total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.tick()
-        log.add(losses.detach(), batch[:, num_extra:].numel())
-        if log.is_due or clock.progress >= 1:
-            log.write(report(clock.num_steps))
-        if clock.progress >= 1:
-            break
-
-
-class Clock:
-    """How far training is, by steps or by the time left, whichever is further.
-
-    Args:
-        recipe (Recipe): The limits.
+        folder (Path): See `text.write_streams`.
+        device (torch.device): Where they go.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._started = time.monotonic()
-        self._compiled = self._started
-        self.num_steps = 0
-        self.progress = 0.0
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.code = _load(folder / "code.npy", device)
+        self.chat = _load(folder / "chat.npy", device)
+        self.held_out = {
+            name: _load(folder / f"{name}.npy", device) for name in _HELD_OUT
+        }
 
-    def tick(self) -> None:
-        """Count a step. The first one compiles, which is not progress."""
-        now = time.monotonic()
-        self.num_steps += 1
-        if self.num_steps == 1:
-            self._compiled = now
-        time_left = self._recipe.max_seconds - (self._compiled - self._started)
-        share_of_time = (now - self._compiled) / time_left
-        self.progress = max(self.num_steps / self._recipe.num_steps, share_of_time)
+    def batch(self, recipe: Recipe, step: int, num_extra: int) -> Tensor:
+        """Draw a step's windows: conversations, then code, [batch, length + extra].
+
+        They depend on the seed and the step alone, so that a run can be resumed.
+        """
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_000 + step)
+        is_late = step >= recipe.rounding_from * recipe.num_steps
+        share = recipe.late_chat_share if is_late else recipe.chat_share
+        num_chats = round(share * recipe.batch_size)
+        length = recipe.length + num_extra
+        parts = [
+            _windows(tokens, _draw(tokens, length, count, generator), length)
+            for tokens, count in (
+                (self.chat, num_chats),
+                (self.code, recipe.batch_size - num_chats),
+            )
+        ]
+        return torch.cat(parts)
 
 
-class Log:
-    """Running means of the losses, printed, and a file for the held-out streams.
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how it is judged.
 
     Args:
-        path (Path): The file, a line of JSON a minute.
+        model (nn.Module): On its device.
+        checkpoint (Path): The file that a run resumes from and ends with.
+        num_extra (int): How many tokens a window has beyond its length.
         names (tuple): Of the losses.
+        losses_of (Callable): Gets a batch; returns the loss to minimise, and losses for
+            the log.
+        evaluate (Callable): Gets a held-out stream; returns figures.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._path.write_text("")
-        self._names = names
-        self._started = self._last_write = time.monotonic()
+    model: nn.Module
+    checkpoint: Path
+    num_extra: int
+    names: tuple[str, ...]
+    losses_of: Callable[[Tensor], tuple[Tensor, Tensor]]
+    evaluate: Callable[[Tensor], dict[str, float]]
+
+
+def fit(task: Task, streams: Streams, recipe: Recipe) -> bool:
+    """Train, from the checkpoint if there is one, until the end or the time limit.
+
+    Returns:
+        bool: Whether all steps are done.
+    """
+    started = time.monotonic()
+    optimizers = _make_optimizers(task.model, recipe)
+    first_step = _resume(task, optimizers)
+    log = _Log(task)
+    for step in range(first_step, recipe.num_steps):
+        switch_rounding(task.model, on=step >= recipe.rounding_from * recipe.num_steps)
+        _set_learning_rate(optimizers, step, recipe)
+        batch = streams.batch(recipe, step, task.num_extra)
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            total, losses = task.losses_of(batch)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        log.add(losses.detach(), step)
+        num_done = step + 1
+        is_out_of_time = time.monotonic() - started > recipe.max_seconds
+        is_last = num_done == recipe.num_steps or is_out_of_time
+        if is_last or num_done % _REPORT_EVERY == 0:
+            log.write(
+                num_done, {n: task.evaluate(x) for n, x in streams.held_out.items()}
+            )
+        if is_last:
+            _save(task, optimizers, num_done)
+            return num_done == recipe.num_steps
+    return True
+
+
+class _Log:
+    """Running means of the losses, printed, and a file for the held-out streams."""
+
+    def __init__(self, task: Task) -> None:
+        self._path = task.checkpoint.with_suffix(".jsonl")
+        self._names = task.names
+        self._started = time.monotonic()
         self._losses: list[Tensor] = []
-        self._num_tokens = 0
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a minute has passed since the last line."""
-        return time.monotonic() - self._last_write > 60
-
-    def add(self, losses: Tensor, num_tokens: int) -> None:
+    def add(self, losses: Tensor, step: int) -> None:
         """Remember a step's losses; now and then wait for the device and print them."""
         self._losses.append(losses)
-        self._num_tokens += num_tokens
         if len(self._losses) < _LOG_EVERY:
             return
         means = torch.stack(self._losses).mean(0).tolist()
@@ -134,33 +155,27 @@ class Log:
         named = zip(self._names, means, strict=True)
         shown = " ".join(f"{name} {mean:.3f}" for name, mean in named)
         seconds = time.monotonic() - self._started
-        print(f"{seconds:6.1f} s {self._num_tokens / 1e6:7.1f} M {shown}", flush=True)
+        print(f"{seconds:6.1f} s {step + 1:6d} {shown}", flush=True)
 
-    def write(self, held_out: dict[str, dict[str, float]]) -> None:
+    def write(self, num_done: int, held_out: dict[str, dict[str, float]]) -> None:
         """Write a line about the held-out streams."""
-        self._last_write = time.monotonic()
-        seconds = round(self._last_write - self._started, 1)
-        line = json.dumps({"seconds": seconds, "tokens": self._num_tokens, **held_out})
+        seconds = round(time.monotonic() - self._started, 1)
+        line = json.dumps({"seconds": seconds, "steps": num_done, **held_out})
         print(line, flush=True)
         with self._path.open("a") as file:
             file.write(line + "\n")
 
 
-def load_streams(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """Read streams.npz, see `text.write_streams`."""
-    return {name: _to_device(ids, device) for name, ids in np.load(path).items()}
-
-
 def held_out_batches(
-    tokens: Tensor, *, length: int, num_windows: int, num_extra: int
+    tokens: Tensor, *, num_extra: int, length: int = 512, num_windows: int = 256
 ) -> Iterator[tuple[Tensor, float]]:
     """Yield evenly spread windows in batches, and each batch's share of them all.
 
     Args:
         tokens (Tensor): A stream, [N].
+        num_extra (int): How many tokens a window has beyond its length.
         length (int): Of a window, in tokens.
         num_windows (int): At most so many.
-        num_extra (int): How many tokens a window has beyond its length.
     """
     num_windows = min(num_windows, (len(tokens) - num_extra) // length)
     starts = torch.linspace(0, len(tokens) - length - num_extra, num_windows).long()
@@ -176,61 +191,78 @@ def eager(device: torch.device) -> Iterator[None]:
         yield
 
 
-def save(model: nn.Module, path: Path, num_steps: int, recipe: Recipe) -> None:
-    """Write a checkpoint.
-
-    Args:
-        model (nn.Module): Its `state` is written.
-        path (Path): The file.
-        num_steps (int): Trained so far.
-        recipe (Recipe): The run's.
-    """
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
-    checkpoint = {
-        "state": state,
-        "num_steps": num_steps,
-        "recipe": dataclasses.asdict(recipe),
-    }
-    torch.save(checkpoint, path)
+def prepare() -> torch.device:
+    """Choose the device, and how it multiplies matrices."""
+    torch.set_float32_matmul_precision("high")
+    # Layers of several kinds, with and without gradients, are more than torch compiles
+    # a function for by default.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _to_device(ids: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(ids.astype(np.int64)).to(device)
+def _load(path: Path, device: torch.device) -> Tensor:
+    ids = np.load(path, mmap_mode="r")
+    # All ids fit, and torch can index by this type.
+    return torch.from_numpy(ids.astype(np.int16)).to(device)
+
+
+def _draw(
+    tokens: Tensor, length: int, count: int, generator: torch.Generator
+) -> Tensor:
+    return torch.randint(len(tokens) - length, (count,), generator=generator)
 
 
 def _windows(tokens: Tensor, starts: Tensor, length: int) -> Tensor:
     offsets = torch.arange(length, device=tokens.device)
-    return tokens[starts.to(tokens.device)[:, None] + offsets]
+    starts = starts.to(tokens.device, non_blocking=True)
+    return tokens[starts[:, None] + offsets].long()
 
 
-def _batches(tokens: Tensor, recipe: Recipe, num_extra: int) -> Iterator[Tensor]:
-    """Cut the stream at a new random offset and shuffle the windows, epoch by epoch."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    length = recipe.length
-    while True:
-        offset = int(torch.randint(length, (), generator=generator))
-        num_windows = (len(tokens) - offset - num_extra) // length
-        order = torch.randperm(num_windows, generator=generator)
-        starts = offset + length * order.to(tokens.device)
-        for part in starts.split(recipe.batch_size):
-            if len(part) == recipe.batch_size:
-                yield _windows(tokens, part, length + num_extra)
-
-
-def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    decayed: list[Tensor] = []
-    kept: list[Tensor] = []
+def _make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (arXiv 2502.16982) for the matrices, AdamW for all else."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed_tokens" not in name
-        (decayed if is_matrix else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        (matrices if is_matrix else others).append(parameter)
+    options: dict[str, Any] = {"lr": recipe.learning_rate}
+    return [
+        torch.optim.Muon(
+            matrices,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+            **options,
+        ),
+        torch.optim.AdamW(
+            others, weight_decay=0.0, betas=(0.9, 0.95), fused=True, **options
+        ),
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def _learning_rate(clock: Clock, recipe: Recipe) -> float:
-    warmup = min(1.0, (clock.num_steps + 1) / recipe.num_warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, clock.progress)))
-    return recipe.learning_rate * warmup * (0.01 + 0.99 * cosine)
+def _set_learning_rate(
+    optimizers: list[torch.optim.Optimizer], step: int, recipe: Recipe
+) -> None:
+    warmup = min(1.0, (step + 1) / recipe.num_warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.num_steps))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * warmup * (0.01 + 0.99 * cosine)
+
+
+def _resume(task: Task, optimizers: list[torch.optim.Optimizer]) -> int:
+    if not task.checkpoint.exists():
+        return 0
+    content = torch.load(task.checkpoint)
+    task.model.load_state_dict(content["state"])
+    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return int(content["num_steps"])
+
+
+def _save(task: Task, optimizers: list[torch.optim.Optimizer], num_steps: int) -> None:
+    content = {
+        "state": task.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "num_steps": num_steps,
+    }
+    torch.save(content, task.checkpoint)

@@ -1,177 +1,196 @@
-"""What the head is worth: agreement on real text, acceptance while generating."""
+"""What a demo model is worth: its text, and what its drafter guesses of it."""
 
 from __future__ import annotations
 
-import itertools
+import ast
 import json
+import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm import load, stream_generate
+import mlx.nn as nn
+from mlx_lm import generate, load
 
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
 
-from .text import END_OF_TEXT, SPECIAL_TOKENS
+from .text import END_OF_TEXT
 
-_NUM_PROMPTS = 10
-_NUM_PROMPT_TOKENS = 200
-_NUM_TOKENS = 128
-_MAX_ANSWER = 300
+# No request of the corpus has these words.
+REQUESTS = (
+    "Write a function that returns the larger of two numbers.",
+    "Write a function that checks whether a number is even.",
+    "Write a function that computes the average of a list of numbers.",
+    "Write a function that reads a file and returns its lines.",
+    "Write a function that counts the words in a text.",
+    "Write a function that removes duplicates from a list.",
+    "Write a function that merges two dictionaries.",
+    "Write a function that converts a string to snake case.",
+    "Write a function that loads a JSON file.",
+    "Write a function that finds the longest string in a list.",
+)
+DEPTH = 4
+_NUM_FILES, _NUM_CHARACTERS = 24, 1200
+_NUM_LOOP_PROMPTS, _NUM_PROMPT_CHARACTERS, _NUM_LOOP_TOKENS = 20, 400, 200
+_MAX_REPLY = 200
+_NUM_WINDOWS, _WINDOW, FIRST_POSITION = 12, 160, 64
+
+# Gets a model, a window and whether the drafter has seen all of it; yields for each
+# position which drafts are right.
+Compare = Callable[[Any, mx.array, bool], Iterator[list[float]]]
 
 
-def measure(folder: Path, streams: Path) -> dict[str, Any]:
-    """Measure a model on held-out text.
+def measure(folder: Path, work: Path, baseline: Path) -> dict[str, Any]:
+    """Measure a Qwen3.5 model with its head on held-out text.
 
     Args:
         folder (Path): The model's.
-        streams (Path): The streams.npz that goes with it; chat_prompts.json beside it.
+        work (Path): The folder that `text.write_streams` wrote to.
+        baseline (Path): Another model's folder, for its bits per byte.
 
     Returns:
-        dict: For `code` and `chat`, `agreement` (the shares of positions of real text
-        where the draft is the model's own choice, and the mean overlap of the two
-        distributions), `depth_1` and `depth_3` (acceptance by position, tokens a round)
-        while generating; plain tokens per second; the share of answers that end.
+        dict: See `measure_text` and `measure_drafts`.
     """
-    model, tokenizer = load(str(folder))
     warnings.filterwarnings("ignore", message="Speculation with an MTP head")
+    model, tokenizer = load(str(folder))
     attach_mtp(model, folder)
-    held_out = np.load(streams)
-    answers = chat_prompts(streams, tokenizer)
-    prompts = {
-        "code": list(code_prompts(held_out["code"])),
-        "chat": answers[:_NUM_PROMPTS],
+    other, other_tokenizer = load(str(baseline))
+    texts = held_out_texts(work)
+    return {
+        **measure_text(model, tokenizer, texts),
+        "bits per byte of the baseline": _bits_per_byte(other, other_tokenizer, texts),
+        **measure_drafts(model, tokenizer, texts, _compare_head),
     }
-    figures: dict[str, Any] = {}
-    for kind, each in prompts.items():
-        texts = [_generate(model, tokenizer, prompt) for prompt in each]
-        figures[kind] = {"agreement": agreement(model, held_out[kind])}
-        for depth in (1, 3):
-            rounds = [
-                round_
-                for prompt, tokens in zip(each, texts, strict=True)
-                for round_ in simulate(model, prompt, tokens, depth)
-            ]
-            figures[kind][f"depth_{depth}"] = _summarise(rounds, depth)
-    figures["plain tokens per second"] = _speed(model, tokenizer, prompts["code"])
-    figures["answers that end"] = share_that_ends(model, tokenizer, answers[:40])
-    return figures
 
 
-def agreement(
-    model: Any, tokens: np.ndarray, *, length: int = 512, num_windows: int = 40
-) -> dict[str, float]:
-    """Compare the head with its model at every position of real text.
+def held_out_texts(work: Path) -> list[str]:
+    """Read the beginnings of some held-out files, evenly spread."""
+    files = json.loads((work / "held_out.json").read_text())["files"]
+    texts = [text for _, text in sorted(files.items()) if len(text) > _NUM_CHARACTERS]
+    return texts[:: len(texts) // _NUM_FILES][:_NUM_FILES]
+
+
+def measure_text(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+    """Measure what a model knows and what it writes.
 
     Args:
-        model (MTPMixin): With its head attached.
-        tokens (np.ndarray): Held-out tokens, `[num_tokens]`.
-        length (int): Of a window.
-        num_windows (int): At most so many, evenly spread.
+        model (nn.Module): The model.
+        tokenizer (TokenizerWrapper): Its tokenizer.
+        texts (list): Held-out files.
+
+    Returns:
+        dict: Bits per byte; how many of 20 greedy continuations have a line three times
+        in a row; how many of ten replies are a function that Python parses, and the
+        replies.
     """
-    num_windows = min(num_windows, (len(tokens) - 1) // length)
-    starts = np.linspace(0, len(tokens) - length - 1, num_windows).astype(int)
-    greedy, overlap = [], []
-    for start in starts:
-        window = mx.array(tokens[None, start : start + length + 1].astype(np.int32))
-        hidden = model.hidden_states(window[:, :-1])
-        drafts = model.project(model.mtp(model.embed(window[:, 1:]), hidden))[:, :-1]
-        own = model.project(hidden)[:, 1:]
-        greedy.append((drafts.argmax(-1) == own.argmax(-1)).mean().item())
-        both = mx.minimum(mx.softmax(drafts, -1), mx.softmax(own, -1))
-        overlap.append(both.sum(-1).mean().item())
-    return {"greedy": mean(greedy), "overlap at temperature 1": mean(overlap)}
+    replies = [_reply(model, tokenizer, request) for request in REQUESTS]
+    prompts = [text[:_NUM_PROMPT_CHARACTERS] for text in texts[:_NUM_LOOP_PROMPTS]]
+    continuations = [
+        generate(model, tokenizer, prompt, max_tokens=_NUM_LOOP_TOKENS)
+        for prompt in prompts
+    ]
+    return {
+        "replies": dict(zip(REQUESTS, replies, strict=True)),
+        "replies that are a function": sum(map(is_function, replies)),
+        "texts that repeat a line": sum(map(repeats_a_line, continuations)),
+        "bits per byte": _bits_per_byte(model, tokenizer, texts),
+    }
 
 
-def simulate(
-    model: Any, prompt: list[int], tokens: list[int], depth: int
-) -> Iterator[int]:
-    """Replay a greedy generation in rounds and yield the drafts accepted in each.
-
-    What speculation writes is what was written without, so the rounds can be told from
-    the finished text: a draft is accepted if it is what the text has there.
+def measure_drafts(
+    model: Any, tokenizer: Any, texts: list[str], compare: Compare
+) -> dict[str, list[float]]:
+    """Measure which drafts are the model's choice on real text, by position.
 
     Args:
-        model (MTPMixin): With its head attached.
-        prompt (list): Its tokens.
-        tokens (list): What the model wrote.
-        depth (int): How many tokens a round drafts.
+        model (nn.Module): With what the drafter needs.
+        tokenizer (TokenizerWrapper): Its tokenizer.
+        texts (list): Held-out files.
+        compare (Callable): Gets the model, a window and whether the drafter has seen
+            all of it; yields for each position which drafts are right.
+
+    Returns:
+        dict: The shares with the drafter primed and not, for the first draft to the
+        last.
     """
-    text = mx.array([prompt + tokens])
-    hidden = model.hidden_states(text[:, :-1])
-    embeddings = model.embed(text[:, 1:])
+    windows = [
+        mx.array([[END_OF_TEXT, *tokenizer.encode(text[:_NUM_CHARACTERS])][:_WINDOW]])
+        for text in texts[:_NUM_WINDOWS]
+    ]
+    return {
+        name: _columns(
+            right for window in windows for right in compare(model, window, is_primed)
+        )
+        for name, is_primed in (("acceptance", True), ("acceptance, unprimed", False))
+    }
+
+
+def is_function(reply: str) -> bool:
+    """Whether Python can parse a text, and it is one function with a body."""
+    try:
+        body = ast.parse(reply).body
+    except (SyntaxError, ValueError):
+        return False
+    return len(body) == 1 and isinstance(body[0], ast.FunctionDef)
+
+
+def repeats_a_line(text: str) -> bool:
+    """Whether a line is in a text three times in a row."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return any(
+        a == b == c for a, b, c in zip(lines, lines[1:], lines[2:], strict=False)
+    )
+
+
+def _bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    bits, num_bytes = 0.0, 0
+    for text in texts:
+        tokens = mx.array([[END_OF_TEXT, *tokenizer.encode(text[:_NUM_CHARACTERS])]])
+        losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+        bits += losses.sum().item() / math.log(2)
+        num_bytes += len(text[:_NUM_CHARACTERS].encode())
+    return round(bits / num_bytes, 3)
+
+
+def _reply(model: Any, tokenizer: Any, request: str) -> str:
+    messages = [{"role": "user", "content": request}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return generate(model, tokenizer, prompt, max_tokens=_MAX_REPLY)
+
+
+def _compare_head(
+    model: Any, window: mx.array, is_primed: bool
+) -> Iterator[list[float]]:
+    hidden = model.hidden_states(window)
+    choices = model.project(hidden).argmax(-1)
+    embeddings = model.embed(window)
     cache, _ = model.make_mtp_cache()
     num_seen = 0
-    last = len(prompt)
-    while last + depth < text.shape[1]:
-        # Everything up to `last`, which the target has just chosen, is committed.
-        rows = slice(num_seen, last)
-        state = model.mtp(embeddings[:, rows], hidden[:, rows], cache)[:, -1:]
-        num_seen = last
-        drafts = [model.project(state).argmax(-1)]
-        for _ in range(depth - 1):
-            state = model.mtp(model.embed(drafts[-1]), state, cache)
-            drafts.append(model.project(state).argmax(-1))
-        cache.trim(depth - 1)
-        is_right = mx.concatenate(drafts, axis=1) == text[:, last + 1 :][:, :depth]
-        num_accepted = int(is_right.astype(mx.int32).cumprod(axis=1).sum().item())
-        yield num_accepted
-        last += num_accepted + 1
+    for position in range(FIRST_POSITION, window.shape[1] - DEPTH):
+        if not is_primed:
+            cache, _ = model.make_mtp_cache()
+            num_seen = position - 1
+        rows = slice(num_seen, position)
+        following = embeddings[:, num_seen + 1 : position + 1]
+        state = model.mtp(following, hidden[:, rows], cache)[:, -1:]
+        num_seen = position
+        states = [state]
+        for i in range(1, DEPTH):
+            embedding = embeddings[:, position + i : position + i + 1]
+            states.append(model.mtp(embedding, states[-1], cache))
+        cache.trim(DEPTH - 1)
+        drafts = model.project(mx.concatenate(states, axis=1)).argmax(-1)
+        is_right = drafts == choices[:, position : position + DEPTH]
+        yield is_right[0].astype(mx.float32).tolist()
 
 
-def _summarise(rounds: list[int], depth: int) -> dict[str, Any]:
-    reached = [sum(accepted >= i for accepted in rounds) for i in range(depth + 1)]
-    by_position = [
-        round(passed / max(1, tried), 3)
-        for tried, passed in itertools.pairwise(reached)
-    ]
-    tokens_a_round = 1 + sum(rounds) / len(rounds)
-    return {
-        "acceptance by position": by_position,
-        "tokens a round": round(tokens_a_round, 2),
-    }
-
-
-def code_prompts(tokens: np.ndarray) -> Iterator[list[int]]:
-    """Yield the beginnings of some files of a held-out stream."""
-    starts = np.flatnonzero(tokens == END_OF_TEXT)
-    for start in starts[:: len(starts) // _NUM_PROMPTS][:_NUM_PROMPTS]:
-        yield tokens[start + 1 : start + 1 + _NUM_PROMPT_TOKENS].tolist()
-
-
-def chat_prompts(streams: Path, tokenizer: Any) -> list[list[int]]:
-    """Read the held-out prompts beside streams.npz, up to where the answer begins."""
-    prompts = json.loads((streams.parent / "chat_prompts.json").read_text())
-    start_of_answer = f"{SPECIAL_TOKENS[1]}assistant\n"
-    return [tokenizer.encode(prompt + start_of_answer) for prompt in prompts]
-
-
-def _generate(model: Any, tokenizer: Any, prompt: list[int]) -> list[int]:
-    responses = stream_generate(model, tokenizer, prompt, max_tokens=_NUM_TOKENS)
-    return [response.token for response in responses]
-
-
-def _speed(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
-    speeds = []
-    for prompt in prompts:
-        *_, last = stream_generate(model, tokenizer, prompt, max_tokens=_NUM_TOKENS)
-        speeds.append(last.generation_tps)
-    return round(statistics.median(speeds), 1)
-
-
-def share_that_ends(model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
-    """Measure how many greedy answers end by themselves."""
-    reasons = []
-    for prompt in prompts:
-        *_, last = stream_generate(model, tokenizer, prompt, max_tokens=_MAX_ANSWER)
-        reasons.append(last.finish_reason)
-    return round(reasons.count("stop") / len(reasons), 3)
+def _columns(rows: Iterator[list[float]]) -> list[float]:
+    return [mean(column) for column in zip(*rows, strict=True)]
 
 
 def mean(values: Sequence[float]) -> float:
     """Return the mean as it is printed."""
-    return round(statistics.fmean(values), 4)
+    return round(statistics.fmean(values), 3)

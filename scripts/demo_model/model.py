@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .rounding import Embedding, Linear
+
 CHUNK = 64
 
 
@@ -21,18 +23,18 @@ CHUNK = 64
 class Shape:
     """The model's dimensions, under the names of its config.json."""
 
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    intermediate_size: int = 384
+    vocab_size: int = 6144
+    hidden_size: int = 384
+    intermediate_size: int = 960
     num_hidden_layers: int = 8
     full_attention_interval: int = 4
-    num_attention_heads: int = 2
-    num_key_value_heads: int = 1
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
     head_dim: int = 64
     linear_num_key_heads: int = 2
     linear_num_value_heads: int = 4
-    linear_key_head_dim: int = 32
-    linear_value_head_dim: int = 32
+    linear_key_head_dim: int = 64
+    linear_value_head_dim: int = 64
     linear_conv_kernel_dim: int = 4
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
@@ -75,9 +77,9 @@ class MLP(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         inner, outer = shape.intermediate_size, shape.hidden_size
-        self.gate_proj = nn.Linear(outer, inner, bias=False)
-        self.up_proj = nn.Linear(outer, inner, bias=False)
-        self.down_proj = nn.Linear(inner, outer, bias=False)
+        self.gate_proj = Linear(outer, inner)
+        self.up_proj = Linear(outer, inner)
+        self.down_proj = Linear(inner, outer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -90,10 +92,10 @@ class Attention(nn.Module):
         super().__init__()
         size, dim = shape.hidden_size, shape.head_dim
         self.shape = shape
-        self.q_proj = nn.Linear(size, 2 * shape.num_attention_heads * dim, bias=False)
-        self.k_proj = nn.Linear(size, shape.num_key_value_heads * dim, bias=False)
-        self.v_proj = nn.Linear(size, shape.num_key_value_heads * dim, bias=False)
-        self.o_proj = nn.Linear(shape.num_attention_heads * dim, size, bias=False)
+        self.q_proj = Linear(size, 2 * shape.num_attention_heads * dim)
+        self.k_proj = Linear(size, shape.num_key_value_heads * dim)
+        self.v_proj = Linear(size, shape.num_key_value_heads * dim)
+        self.o_proj = Linear(shape.num_attention_heads * dim, size)
         self.q_norm = RMSNorm(dim, shape.rms_norm_eps)
         self.k_norm = RMSNorm(dim, shape.rms_norm_eps)
 
@@ -140,16 +142,16 @@ class GatedDeltaNet(nn.Module):
         self.key_dim = shape.linear_num_key_heads * shape.linear_key_head_dim
         self.value_dim = num_values * shape.linear_value_head_dim
         conv_dim = 2 * self.key_dim + self.value_dim
-        self.in_proj_qkv = nn.Linear(size, conv_dim, bias=False)
-        self.in_proj_z = nn.Linear(size, self.value_dim, bias=False)
-        self.in_proj_b = nn.Linear(size, num_values, bias=False)
-        self.in_proj_a = nn.Linear(size, num_values, bias=False)
+        self.in_proj_qkv = Linear(size, conv_dim)
+        self.in_proj_z = Linear(size, self.value_dim)
+        self.in_proj_b = Linear(size, num_values)
+        self.in_proj_a = Linear(size, num_values)
         kernel = shape.linear_conv_kernel_dim
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, kernel, groups=conv_dim, bias=False)
         self.dt_bias = nn.Parameter(torch.zeros(num_values))
         self.A_log = nn.Parameter(torch.zeros(num_values))
         self.norm = GatedRMSNorm(shape.linear_value_head_dim, shape.rms_norm_eps)
-        self.out_proj = nn.Linear(self.value_dim, size, bias=False)
+        self.out_proj = Linear(self.value_dim, size)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -217,7 +219,7 @@ class Trunk(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(shape, is_linear=(i + 1) % shape.full_attention_interval != 0)
             for i in range(shape.num_hidden_layers)
@@ -256,37 +258,59 @@ class MTPHead(nn.Module):
         return self.norm(self.layers[0](self._mix(embeddings, hidden)))
 
     def chain(
-        self, embeddings: Tensor, hidden: Tensor, next_embeddings: Tensor, first: Tensor
-    ) -> Tensor:
-        """Draft a second token at every position, as decoding at depth 2 does.
+        self, embeddings: Tensor, hidden: Tensor, first: Tensor, num_more: int
+    ) -> list[Tensor]:
+        """Draft further tokens at every position, as decoding does.
 
         Row p sees the first step's keys of rows 0 to p, which come from the trunk's
-        hidden states, and its own key, which comes from the head's.
+        hidden states, and the keys of its own later steps, which come from the head's.
 
         Args:
-            embeddings (Tensor): The first step's, [B, T, D].
-            hidden (Tensor): The first step's, [B, T, D].
-            next_embeddings (Tensor): Of the tokens two after each position, [B, T, D].
+            embeddings (Tensor): Of the tokens after each position,
+                [B, T + num_more, D].
+            hidden (Tensor): The trunk's output at each position, [B, T, D].
             first (Tensor): What the first step returned, [B, T, D].
+            num_more (int): How many drafts are made after the first.
+
+        Returns:
+            list: Hidden states for the output projection, [B, T, D] for each draft.
         """
-        layer = self.layers[0]
+        layer, length = self.layers[0], hidden.shape[1]
         attention = layer.self_attn
-        committed = layer.input_layernorm(self._mix(embeddings, hidden))
+        committed = layer.input_layernorm(self._mix(embeddings[:, :length], hidden))
         _, keys, values, _ = attention.project(committed, 0)
-        x = self._mix(next_embeddings, first)
-        query, own_key, own_value, gate = attention.project(layer.input_layernorm(x), 1)
-        scores = query @ keys.mT * query.shape[-1] ** -0.5
-        own = (query * own_key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
-        is_future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        scores = torch.cat([scores.masked_fill(is_future, float("-inf")), own], dim=-1)
-        weights = scores.float().softmax(-1).to(values.dtype)
-        attended = weights[..., :-1] @ values + weights[..., -1:] * own_value
-        x = x + attention.output(attended, gate)
-        return self.norm(layer.feed_forward(x))
+        own: list[tuple[Tensor, Tensor]] = []
+        states = [first]
+        for i in range(1, num_more + 1):
+            x = self._mix(embeddings[:, i : length + i], states[-1])
+            query, *own_kv, gate = attention.project(layer.input_layernorm(x), i)
+            own.append((own_kv[0], own_kv[1]))
+            x = x + attention.output(_attend_chain(query, keys, values, own), gate)
+            states.append(self.norm(layer.feed_forward(x)))
+        return states[1:]
 
     def _mix(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
         parts = self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)
         return self.fc(torch.cat(parts, dim=-1))
+
+
+def _attend_chain(
+    query: Tensor, keys: Tensor, values: Tensor, own: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Let row p see keys up to p and its own ones, all [B, heads, T, dim]."""
+    scale = query.shape[-1] ** -0.5
+    scores = query @ keys.mT * scale
+    is_future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+    own_scores = [(query * key).sum(-1, keepdim=True) * scale for key, _ in own]
+    scores = torch.cat(
+        [scores.masked_fill(is_future, float("-inf")), *own_scores], dim=-1
+    )
+    weights = scores.float().softmax(-1).to(values.dtype)
+    num_keys = keys.shape[2]
+    attended = weights[..., :num_keys] @ values
+    for i, (_, value) in enumerate(own, start=num_keys):
+        attended = attended + weights[..., i : i + 1] * value
+    return attended
 
 
 class Qwen35(nn.Module):
@@ -301,7 +325,7 @@ class Qwen35(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits through the tied embedding."""
-        return functional.linear(hidden, self.model.embed_tokens.weight)
+        return self.model.embed_tokens.project(hidden)
 
 
 def gated_delta_rule(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Template
@@ -31,7 +31,7 @@ QWEN_PATTERN = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT, _, END_OF_TURN = range(len(SPECIAL_TOKENS))
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 6144
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -41,15 +41,17 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-_CHAT_SHARE = 0.9
-_CHAT_BLOCK = 2000
+# Every so many files teach the tokenizer.
+_TOKENIZER_STEP = 6
+_NUM_HELD_OUT_PROMPTS = 200
+_NUM_ENCODED_TOGETHER = 1000
 
 
 def train_tokenizer(documents: Iterable[Document]) -> Tokenizer:
     """Train a byte-level BPE on Qwen's normaliser and pre-tokenizer.
 
     Args:
-        documents (list): The training files.
+        documents (list): The corpus; some of its training files are read.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -66,7 +68,8 @@ def train_tokenizer(documents: Iterable[Document]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (document.text for document in documents)
+    trained = (document for document in documents if not document.is_held_out)
+    texts = (document.text for document in islice(trained, 0, None, _TOKENIZER_STEP))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -105,7 +108,7 @@ def render(messages: list[Message]) -> str:
 def write_streams(
     documents: list[Document], tokenizer: Tokenizer, folder: Path
 ) -> dict[str, int]:
-    """Write streams.npz: `train`, and held out `code` and `chat`, uint16 token ids.
+    """Write the token streams, uint16 ids in a .npy file each, and what is held out.
 
     Args:
         documents (list): The whole corpus.
@@ -117,40 +120,49 @@ def write_streams(
     """
     held_out = [document for document in documents if document.is_held_out]
     trained = [document for document in documents if not document.is_held_out]
-    held_out_chat = make_conversations(held_out, share=1.0, seed=2)
-    chat = make_conversations(trained, share=_CHAT_SHARE, seed=1)
-    blocks = _encode_files(trained, tokenizer) + _encode_chat(chat, tokenizer)
-    random.Random(0).shuffle(blocks)
-    streams = {
-        "train": blocks,
-        "code": _encode_files(held_out, tokenizer),
-        "chat": _encode_chat(held_out_chat, tokenizer),
+    random.Random(0).shuffle(trained)
+    conversations = make_conversations(held_out, seed=2)
+    texts = {
+        "code": _file_texts(trained),
+        "chat": _chat_texts(make_conversations(trained, seed=1)),
+        "held_out_code": _file_texts(held_out),
+        "held_out_chat": _chat_texts(conversations),
     }
-    joined: dict[str, Any] = {n: np.concatenate(parts) for n, parts in streams.items()}
-    np.savez_compressed(folder / "streams.npz", **joined)
-    prompts = [render(messages[:-1]) for messages in held_out_chat[:200]]
-    (folder / "chat_prompts.json").write_text(json.dumps(prompts))
-    return {name: len(tokens) for name, tokens in joined.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_held_out(held_out, conversations, folder)
+    sizes = {}
+    for name, each in texts.items():
+        tokens = _encode(each, tokenizer)
+        np.save(folder / f"{name}.npy", tokens)
+        sizes[name] = len(tokens)
+    return sizes
 
 
-def _encode_files(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
-    return [
+def _file_texts(documents: list[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
+def _chat_texts(conversations: list[list[Message]]) -> list[str]:
+    return [render(messages) for messages in conversations]
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Encode texts, each behind an end of text, a few at a time to save memory."""
+    parts = [
         np.array([END_OF_TEXT, *encoding.ids], np.uint16)
-        for encoding in tokenizer.encode_batch(
-            [document.text for document in documents]
+        for start in range(0, len(texts), _NUM_ENCODED_TOGETHER)
+        for encoding in tokenizer.encode_batch_fast(
+            texts[start : start + _NUM_ENCODED_TOGETHER]
         )
     ]
+    return np.concatenate(parts)
 
 
-def _encode_chat(
-    conversations: list[list[Message]], tokenizer: Tokenizer
-) -> list[np.ndarray]:
-    texts = [SPECIAL_TOKENS[END_OF_TEXT] + render(chat) for chat in conversations]
-    blocks: list[np.ndarray] = []
-    block: list[int] = []
-    for encoding in tokenizer.encode_batch(texts):
-        block += encoding.ids
-        if len(block) > _CHAT_BLOCK:
-            blocks.append(np.array(block, np.uint16))
-            block = []
-    return [*blocks, np.array(block, np.uint16)]
+def _write_held_out(
+    documents: list[Document], conversations: list[list[Message]], folder: Path
+) -> None:
+    content = {
+        "files": {document.name: document.text for document in documents},
+        "conversations": conversations[:_NUM_HELD_OUT_PROMPTS],
+    }
+    (folder / "held_out.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Where rows depend on their number: first differences are near-ties, states are right.
+"""Checks that only near-ties differ where rows depend on how many are computed.
 
 A backend may sum in another order when it computes several rows at once, and then the
 better of two nearly equal logits may be the other one. Here every token has a twin with

@@ -1,4 +1,4 @@
-"""The automatic depth finds the fastest depth, and costs little where that is none."""
+"""The automatic depth finds the fastest depth, and costs little where no depth pays."""
 
 from __future__ import annotations
 

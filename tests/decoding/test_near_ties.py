@@ -1,8 +1,8 @@
-"""First differences are near-ties where rows depend on their number.
+"""First differences are near-ties where rows depend on how many are computed.
 
-On mlx's CPU backend they do in Gemma-4 once a sliding window is full: a pass over one
-row reads the window in another order than one over several. With OpenBLAS in the place
-of the BLAS that mlx brings along they do in every model; for that, it has to be
+On mlx's CPU backend rows do so in Gemma-4 once a sliding window is full: a pass over
+one row reads the window in another order than one over several. With OpenBLAS in place
+of the BLAS that mlx brings along they do in every model; OpenBLAS has to be
 installed, as with Debian's ``libopenblas0-pthread``, or named by ``OPENBLAS_LIBRARY``.
 """
 

@@ -1,4 +1,4 @@
-"""What the decode loop promises beside equal tokens."""
+"""The decode loop keeps what it promises beside equal tokens."""
 
 from __future__ import annotations
 

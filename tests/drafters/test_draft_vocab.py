@@ -1,4 +1,4 @@
-"""A head that proposes some of the tokens only: cheaper drafts, the same output."""
+"""A head that proposes only some of the tokens leaves the output as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models remember of where they came from."""
+"""Models remember where they were loaded from."""
 
 from __future__ import annotations
 

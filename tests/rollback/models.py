@@ -1,4 +1,4 @@
-"""Tiny random models of other families, for what their cache entries are."""
+"""Makes tiny random models of other families, with their kinds of cache entries."""
 
 from __future__ import annotations
 
@@ -56,12 +56,11 @@ def tiny_llama(**config: Any) -> nn.Module:
     """With full attention, unless the configuration says otherwise."""
     mx.random.seed(1)
     args = llama.ModelArgs(
-        **SIZES,
         model_type="llama",
         num_hidden_layers=3,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        **config,
+        **(SIZES | config),
     )
     model = llama.Model(args)
     mx.eval(model.parameters())

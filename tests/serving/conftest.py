@@ -89,6 +89,11 @@ def scripted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def strict_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("strict"), is_strict=True)
+
+
+@pytest.fixture(scope="session")
 def start_server(
     tmp_path_factory: pytest.TempPathFactory, scripted_folder: Path
 ) -> Iterator[Starter]:

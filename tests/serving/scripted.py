@@ -49,9 +49,39 @@ TEMPLATE = """\
 
 {% endif %}{% endif %}"""
 
+# A template that takes what it was made for and nothing else: one system message, and
+# that first; roles that it knows; arguments that are objects, which it writes as
+# <tool_call>\n<function=f>; and replies that begin with a thought.
+STRICT = """\
+{%- for message in messages %}
+{%- if message.role not in ("system", "user", "assistant", "tool") %}
+{{- raise_exception("Unexpected message role.") }}{% endif %}
+{%- if message.role == "system" and not loop.first %}
+{{- raise_exception("System message must be at the beginning.") }}{% endif %}
+{%- for tool_call in message.tool_calls or [] %}
+{%- for name, value in (tool_call.function or tool_call).arguments | items %}
+{%- endfor %}{% endfor %}{% endfor %}"""
+STRICT_ENDING = """\
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% else %}<think>
+{% endif %}{% endif %}"""
+
+
+def strict_template() -> str:
+    beginning, _, _ = TEMPLATE.partition("{%- if add_generation_prompt %}")
+    return STRICT + beginning + STRICT_ENDING
+
 
 def make_model(
-    folder: Path, *, takes_images: bool = False, max_positions: int = MAX_POSITIONS
+    folder: Path,
+    *,
+    takes_images: bool = False,
+    is_strict: bool = False,
+    max_positions: int = MAX_POSITIONS,
 ) -> Path:
     """Write the model's files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +95,7 @@ def make_model(
         "eos_token_id": eos,
         "max_position_embeddings": max_positions,
     }
-    template = TEMPLATE
+    template = strict_template() if is_strict else TEMPLATE
     if takes_images:
         from mlx_lm.processors import PROCESSORS
 

@@ -7,15 +7,14 @@ from mlx_optiq_ext.serving._anthropic import MessageReply
 from mlx_optiq_ext.serving._errors import APIError
 from mlx_optiq_ext.serving._events import Call, End, Event, Text, Thought, Usage
 
+from .events import bodies_of
+
 Body = dict[str, Any]
 
 
 def write(*events: Event, usage: Usage | None = None) -> tuple[list[Body], Body]:
     reply = MessageReply("claude-x", usage or Usage(10, 4, 7, 2), "req_1")
-    bodies = json.loads(json.dumps([*reply.start()]))
-    for event in events:
-        bodies += json.loads(json.dumps([*reply.feed(event)]))
-    return bodies, reply.result()
+    return bodies_of(reply, events), reply.result()
 
 
 def kinds(bodies: list[Body]) -> list[str]:

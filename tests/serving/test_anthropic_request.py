@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mlx_optiq_ext.serving._anthropic import read_request
-from mlx_optiq_ext.serving._chat import Chat
 from mlx_optiq_ext.serving._errors import APIError
+from mlx_optiq_ext.serving._request import Request
 
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object"}}
 IMAGE = {
@@ -28,7 +28,7 @@ def text(value: str) -> dict[str, Any]:
     return {"type": "text", "text": value}
 
 
-def read(*messages: Any, **fields: Any) -> Chat:
+def read(*messages: Any, **fields: Any) -> Request:
     body = {"model": "m", "max_tokens": 5, "messages": [*messages]} | fields
     return read_request({k: v for k, v in body.items() if v is not ...})
 
@@ -46,6 +46,8 @@ def error(*messages: Any, **fields: Any) -> APIError:
         "be brief",
         [text("be brief")],
         [text("x-anthropic-billing-header: v; cch=abc;"), text("be brief")],
+        [text("x-anthropic-billing-header: v; cch=abc;\nbe brief")],
+        "x-anthropic-billing-header: v; cch=abc;\nbe brief",
     ],
 )
 def test_the_system_prompt_comes_first_without_the_billing_header(system: Any) -> None:
@@ -53,6 +55,41 @@ def test_the_system_prompt_comes_first_without_the_billing_header(system: Any) -
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hi"},
     ]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "advisor_tool_result",
+        "bash_code_execution_tool_result",
+        "code_execution_tool_result",
+        "compaction",
+        "mcp_tool_result",
+        "mcp_tool_use",
+        "redacted_thinking",
+        "server_tool_use",
+        "tool_search_tool_result",
+        "web_search_tool_result",
+    ],
+)
+def test_blocks_of_the_vendor_are_passed_over(kind: str) -> None:
+    request = read(user("q"), assistant([{"type": kind}, text("a")]), user("r"))
+    assert request.messages == [user("q"), assistant("a"), user("r")]
+
+
+def test_fields_of_another_api_are_honoured_or_refused() -> None:
+    assert read(user("q"), stop="x").stop == ("x",)
+    for wrong in (
+        {"response_format": {"type": "json_object"}},
+        {"n": 2},
+        {"logprobs": True},
+    ):
+        assert error(user("q"), **wrong).code == "unsupported_parameter"
+
+
+def test_a_budget_for_thoughts_is_taken_and_not_enforced() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    assert read(user("q"), thinking=thinking).has_thinking
 
 
 def test_a_leading_system_message_joins_the_system_prompt() -> None:

@@ -1,4 +1,4 @@
-"""A Gemma-4 and its assistant in a server, and another model in between."""
+"""A server speculates with a Gemma-4 and its assistant, also after another model."""
 
 from __future__ import annotations
 

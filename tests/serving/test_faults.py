@@ -20,19 +20,22 @@ from .scripted import say
 # What is not stopped takes longer than any client waits.
 SLOW = say("a" * 100, sleep=0.5)
 SLOW_PROMPT = say("a", prefill_sleep=30.0)
-PATHS = ("/v1/messages", "/v1/responses", "/v1/chat/completions")
+PATHS = (
+    "/v1/messages",
+    "/v1/responses",
+    "/v1/chat/completions",
+    "/v1/completions",
+)
 
 
 def body_for(path: str, text: str, *, stream: bool) -> dict[str, Any]:
-    messages = [{"role": "user", "content": text}]
     if path == "/v1/responses":
         return {"model": "gpt-x", "input": text, "stream": stream}
-    return {
-        "model": "gpt-x",
-        "messages": messages,
-        "max_tokens": 200,
-        "stream": stream,
-    }
+    if path == "/v1/completions":
+        asked: dict[str, Any] = {"prompt": text}
+    else:
+        asked = {"messages": [{"role": "user", "content": text}]}
+    return {"model": "gpt-x", "max_tokens": 200, "stream": stream, **asked}
 
 
 def start(
@@ -99,7 +102,7 @@ def without_ids(reply: bytes) -> list[str]:
 
 
 PATTERN_OF_IDS = re.compile(
-    r'(msg|resp|rs|req|chatcmpl)[_-][0-9a-f-]+|"(created|completed)\w*": [\d.]+'
+    r'(msg|resp|rs|req|chatcmpl|cmpl)[_-][0-9a-f-]+|"(created|completed)\w*": [\d.]+'
     r'|"\w*cache\w*": \d+|"input_tokens": \d+'
 )
 
@@ -187,7 +190,8 @@ def test_a_failed_request_does_not_end_the_server(single: ServerProcess) -> None
 def test_keep_alives_during_a_long_prompt(start_server: Starter) -> None:
     server = start_server(start=FAST_KEEP_ALIVE)
     text = say("abc", prefill_sleep=0.5)
-    for path, mark in (("/v1/messages", "ping"), ("/v1/responses", ": keep-alive")):
+    for path in PATHS:
+        mark = "ping" if path == "/v1/messages" else ": keep-alive"
         stream = start(server, path, text + path, stream=True).getresponse()
         assert mark in stream.read().decode()
 
@@ -238,7 +242,14 @@ def test_a_client_that_sends_nothing_is_let_go(start_server: Starter) -> None:
     assert "Traceback" not in server.output()
 
 
-SHORT_TIMEOUT = FAST_KEEP_ALIVE.replace("KEEP_ALIVE_INTERVAL", "IDLE_TIMEOUT")
+SHORT_TIMEOUT = """\
+import mlx_optiq_ext
+from mlx_optiq_ext import serving
+from mlx_optiq_ext.serving import _exchange
+serving.IDLE_TIMEOUT = _exchange.IDLE_TIMEOUT = 0.2
+from mlx_lm.server import main
+main()
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
@@ -251,7 +262,7 @@ def test_threads_and_files_are_given_back(server: ServerProcess) -> None:
     kinds = ("task", "fd")
     before = {kind: count(kind) for kind in kinds}
     for number in range(20):
-        connection = start(server, PATHS[number % 3], SLOW, stream=number % 2 == 0)
+        connection = start(server, PATHS[number % 4], SLOW, stream=number % 2 == 0)
         if number % 2 == 0:
             connection.getresponse().read(5)
         connection.close()

@@ -1,4 +1,4 @@
-"""What a server tells about its requests, in the log and to Prometheus."""
+"""A server reports on its requests in the log and to Prometheus."""
 
 from __future__ import annotations
 
@@ -84,6 +84,17 @@ def test_requests_and_tokens_are_counted(measured: ServerProcess) -> None:
     at = [growth(name, position=position) for position in "01"]
     assert sum(at) == num_accepted
     assert at[0] >= at[1]
+    drafted = [
+        growth("spec_decode_num_draft_tokens_per_pos_total", position=position)
+        for position in "01"
+    ]
+    assert sum(drafted) == sum(t["draft_n"] for t in timings)
+    name = "spec_decode_num_target_calls_per_depth_total"
+    calls = [growth(name, depth=depth) for depth in "012"]
+    assert sum(calls[1:]) == growth("spec_decode_num_drafts_total")
+    assert sum(t["draft_rounds"] for t in timings) == sum(calls[1:])
+    assert found["mlx_active_memory_bytes", ()] > 0
+    assert found["mlx_peak_memory_bytes", ()] >= found["mlx_active_memory_bytes", ()]
     assert found["num_requests_running", ()] == 0
     assert found["num_requests_waiting", ()] == 0
 

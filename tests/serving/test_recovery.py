@@ -10,7 +10,7 @@ import pytest
 
 from mlx_optiq_ext.serving._errors import APIError
 from mlx_optiq_ext.serving._recovery import run_again
-from mlx_optiq_ext.serving._state import state_of
+from mlx_optiq_ext.serving._state import ServerState
 from tests.helpers import DEMO
 
 from .conftest import START, ServerProcess, Starter
@@ -27,9 +27,10 @@ from .test_speculation import (
 def test_every_request_gets_an_exception_of_its_own() -> None:
     class Generator:
         _is_distributed = False
+        state = ServerState()
 
     generator, queues = Generator(), [Queue[Any](), Queue[Any]()]
-    state_of(generator).waiting.update(queues)
+    generator.state.waiting.update(queues)
     errors = iter([ValueError("broken on purpose"), None])
 
     def loop() -> None:
@@ -43,7 +44,7 @@ def test_every_request_gets_an_exception_of_its_own() -> None:
         assert isinstance(error, APIError)
         assert error.status == 500
         assert "broken on purpose" in error.message
-    assert not state_of(generator).waiting
+    assert not generator.state.waiting
 
 
 # A negative bias of token 0 tells at which call a processor raises, a top_k of 777 that

@@ -8,6 +8,8 @@ from mlx_optiq_ext.serving._events import Call, End, Event, Text, Thought, Usage
 from mlx_optiq_ext.serving._responses import ResponseReply, read_request
 from mlx_optiq_ext.serving._store import ResponseStore
 
+from .events import bodies_of
+
 Body = dict[str, Any]
 
 TOOLS = [
@@ -30,10 +32,7 @@ def make(**fields: Any) -> ResponseReply:
 
 def write(*events: Event, **fields: Any) -> tuple[list[Body], Body]:
     reply = make(**fields)
-    bodies = json.loads(json.dumps([*reply.start()]))
-    for event in events:
-        bodies += json.loads(json.dumps([*reply.feed(event)]))
-    return bodies, reply.result()
+    return bodies_of(reply, events), reply.result()
 
 
 def kinds(bodies: list[Body]) -> list[str]:

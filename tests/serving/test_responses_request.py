@@ -18,7 +18,7 @@ def read(value: Any, **fields: Any) -> ResponseRequest:
 
 
 def messages(value: Any, **fields: Any) -> list[dict[str, Any]]:
-    return read(value, **fields).chat.messages
+    return read(value, **fields).request.messages
 
 
 def error(value: Any, **fields: Any) -> APIError:
@@ -36,12 +36,79 @@ def test_a_string_is_a_user_message() -> None:
     assert messages("hi") == [message("user", "hi")]
 
 
-def test_instructions_and_developer_messages_are_one_system_message() -> None:
-    items = [message("developer", "two"), message("user", "q"), message("system", "3")]
+def test_instructions_and_leading_developer_messages_are_one_system_message() -> None:
+    items = [message("developer", "two"), message("system", "3"), message("user", "q")]
     assert messages(items, instructions="one") == [
         message("system", "one\n\ntwo\n\n3"),
         message("user", "q"),
     ]
+
+
+def test_a_later_developer_message_stays_where_it_is() -> None:
+    items = [
+        message("user", "q"),
+        message("assistant", "a"),
+        message("developer", "mind"),
+        message("user", "r"),
+    ]
+    assert messages(items, instructions="one") == [
+        message("system", "one"),
+        message("user", "q"),
+        message("assistant", "a"),
+        message("user", "mind\nr"),
+    ]
+
+
+def test_a_thought_stays_at_its_own_turn() -> None:
+    thought = {
+        "type": "reasoning",
+        "summary": [{"type": "summary_text", "text": "cut off"}],
+    }
+    items = [
+        message("user", "q"),
+        thought,
+        message("user", "again"),
+        message("assistant", "a"),
+    ]
+    assert messages(items) == [
+        message("user", "q"),
+        {"role": "assistant", "content": "", "reasoning_content": "cut off"},
+        message("user", "again"),
+        message("assistant", "a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "web_search_call",
+        "local_shell_call",
+        "local_shell_call_output",
+        "mcp_list_tools",
+        "tool_search_call",
+        "tool_search_output",
+        "compaction",
+    ],
+)
+def test_items_of_the_vendor_are_passed_over(kind: str) -> None:
+    items = [message("user", "q"), {"type": kind, "id": "x"}, message("assistant", "a")]
+    assert messages(items) == [message("user", "q"), message("assistant", "a")]
+
+
+def test_fields_of_another_api_are_honoured_or_refused() -> None:
+    asked = read("q", max_tokens=7, stop_sequences=["x"], reasoning_effort="none")
+    assert asked.request.max_tokens == 7
+    assert asked.request.stop == ("x",)
+    assert asked.request.has_thinking is False
+    for wrong in (
+        {"response_format": {"type": "json_object"}},
+        {"n": 2},
+        {"prompt": {"id": "x"}},
+    ):
+        with pytest.raises(APIError) as caught:
+            read("q", **wrong)
+        assert caught.value.code == "unsupported_parameter"
+        assert caught.value.param in wrong
 
 
 def test_a_turn_of_codex_comes_back_as_it_was() -> None:
@@ -120,7 +187,7 @@ def test_a_chain_of_responses_is_one_conversation_without_old_instructions() -> 
     store = ResponseStore()
     store.add(stored("resp_1", "a", "b"))
     request = read("c", previous_response_id="resp_1", kept=store, instructions="new")
-    assert request.chat.messages == [
+    assert request.request.messages == [
         message("system", "new"),
         message("user", "a"),
         message("assistant", "b"),
@@ -160,7 +227,7 @@ def test_tools_of_all_kinds_are_functions_to_the_model() -> None:
         },
         {"type": "web_search"},
     ]
-    chat = read("q", tools=tools).chat
+    chat = read("q", tools=tools).request
     functions = [tool["function"] for tool in chat.tools or []]
     assert [function["name"] for function in functions] == [
         "f",
@@ -175,7 +242,7 @@ def test_the_choices_of_a_tool() -> None:
     tools = [FUNCTION, FUNCTION | {"name": "g"}]
 
     def choose(choice: Any, **fields: Any) -> tuple[list[str], bool]:
-        chat = read("q", tools=tools, tool_choice=choice, **fields).chat
+        chat = read("q", tools=tools, tool_choice=choice, **fields).request
         return [t["function"]["name"] for t in chat.tools or []], chat.must_call
 
     assert choose("auto") == (["f", "g"], False)
@@ -186,15 +253,15 @@ def test_the_choices_of_a_tool() -> None:
     assert choose(allowed) == (["f"], False)
     assert error("q", tools=tools, tool_choice={"type": "mcp"}).param
     assert error("q", tool_choice="required").param == "tool_choice"
-    assert read("q", parallel_tool_calls=False).chat.one_call
+    assert read("q", parallel_tool_calls=False).request.one_call
 
 
 @pytest.mark.parametrize(
     ("effort", "thinks"), [("none", False), ("minimal", False), ("low", True)]
 )
 def test_the_effort_decides_whether_the_model_thinks(effort: str, thinks: bool) -> None:
-    assert read("q", reasoning={"effort": effort}).chat.has_thinking is thinks
-    assert read("q").chat.has_thinking is None
+    assert read("q", reasoning={"effort": effort}).request.has_thinking is thinks
+    assert read("q").request.has_thinking is None
 
 
 @pytest.mark.parametrize(

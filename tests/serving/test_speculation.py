@@ -433,7 +433,7 @@ COUNT_SEARCHES = f"""
 from mlx_lm.generate import BatchGenerator
 find = BatchGenerator._find_uids
 def counting(self, uids):
-    print("searched", len(list(uids)), flush=True)
+    print(f"searched {{len(list(uids))}}\\n", end="", flush=True)
     return find(self, uids)
 BatchGenerator._find_uids = counting
 {START}

@@ -112,7 +112,7 @@ def test_a_streamed_call_that_is_cut_off_is_incomplete(client: openai.OpenAI) ->
 
 def test_a_malformed_call_is_shown(client: openai.OpenAI) -> None:
     response = both(client, say("<tool_call>{bad</tool_call>"), tools=[TOOL])
-    assert output(response) == ["{bad"]
+    assert output(response) == ["<tool_call>{bad</tool_call>"]
 
 
 def test_free_form_tools_and_namespaces_make_the_round_trip(
@@ -350,7 +350,9 @@ def test_an_empty_prompt_is_an_error(client: openai.OpenAI) -> None:
 
 def test_chat_completions_work_as_before(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": say(f"<think>hm</think>x{call('f', {})}")}]
+    function = {"name": "f", "parameters": {"type": "object"}}
     fields = {"model": "gpt-x", "messages": messages, "max_tokens": 300}
+    fields |= {"tools": [{"type": "function", "function": function}]}
     whole = client.chat.completions.create(**fields)
     assert whole.model == "gpt-x"
     assert whole.choices[0].message.content == "x"

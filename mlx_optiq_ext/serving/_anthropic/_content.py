@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .._chat import Conversation, Part, image_part, simplified, text_part
+from .._conversation import (
+    Conversation,
+    Part,
+    image_part,
+    simplified,
+    text_part,
+    without_billing_line,
+)
 from .._errors import bad_request
 from .._fields import choice, objects, optional, required
 
 Block = dict[str, Any]
-
-# Claude Code puts it first, with a value that is new for every request: kept, it
-# would spoil the prompt cache for everything after it.
-BILLING_HEADER = "x-anthropic-billing-header:"
 
 # "ctx" and "msg" are what Claude Code calls context that it adds by itself.
 ROLES = ("user", "assistant", "system", "ctx", "msg")
@@ -24,12 +27,10 @@ def system_text(system: str | list[Any], path: str) -> str:
     if isinstance(system, str):
         return system
     texts = [
-        required(block, "text", str, f"{place}.")
+        without_billing_line(required(block, "text", str, f"{place}."))
         for place, block in objects(system, path)
     ]
-    return "\n\n".join(
-        text for text in texts if text and not text.startswith(BILLING_HEADER)
-    )
+    return "\n\n".join(filter(None, texts))
 
 
 def read_message(conversation: Conversation, message: Block, path: str) -> None:
@@ -41,16 +42,11 @@ def read_message(conversation: Conversation, message: Block, path: str) -> None:
     role = choice(required(message, "role", str, f"{path}."), ROLES, f"{path}.role")
     content = required(message, "content", (str, list), f"{path}.")
     place = f"{path}.content"
-    if role == "system" and not conversation.messages:
+    if role == "system":
         conversation.add_system(system_text(content, place))
-    elif role == "system":
-        # Where it stands matters, and most templates take system text at the top only.
-        conversation.add_user(system_text(content, place))
-    elif isinstance(content, str):
-        content = [text_part(content)]
-        _add_blocks(conversation, role, content, place)
     else:
-        _add_blocks(conversation, role, content, place)
+        blocks = [text_part(content)] if isinstance(content, str) else content
+        _add_blocks(conversation, role, blocks, place)
 
 
 def _add_blocks(
@@ -77,7 +73,7 @@ def _add_assistant_block(conversation: Conversation, block: Block, path: str) ->
             required(block, "name", str, path),
             optional(block, "input", dict, {}, path),
         )
-    elif kind not in IGNORED_BLOCKS:
+    elif not is_ignored(kind):
         raise _unknown(kind, path)
 
 
@@ -115,7 +111,7 @@ def _add_tool_result(conversation: Conversation, block: Block, path: str) -> lis
 def read_block(block: Block, path: str) -> list[Part]:
     """The parts of a message that a block of a user's turn becomes."""
     kind = required(block, "type", str, path)
-    if kind in IGNORED_BLOCKS:
+    if is_ignored(kind):
         return []
     if kind not in READERS:
         raise _unknown(kind, path)
@@ -183,14 +179,14 @@ READERS: dict[str, Callable[[Block, str], list[Part]]] = {
     "tool_reference": _read_tool_reference,
 }
 
-# Nobody but their vendor can read them.
-IGNORED_BLOCKS = (
-    "redacted_thinking",
-    "server_tool_use",
-    "web_search_tool_result",
-    "web_fetch_tool_result",
-    "container_upload",
-)
+# What ran on the vendor's own servers, or nobody else can read.
+VENDOR_BLOCKS = ("compaction", "container_upload", "redacted_thinking")
+VENDOR_ENDINGS = ("_tool_use", "_tool_result")  # of web searches, MCP and the like
+
+
+def is_ignored(kind: str) -> bool:
+    """Whether blocks of a kind mean something to their vendor only."""
+    return kind in VENDOR_BLOCKS or kind.endswith(VENDOR_ENDINGS)
 
 
 def _unknown(kind: str, path: str) -> Exception:

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from .._chat import to_json
 from .._errors import APIError, anthropic_body
 from .._events import Call, CallPiece, CallStart, End, Event, Text, Thought, Usage
 
@@ -63,9 +62,13 @@ class MessageReply:
         elif isinstance(event, CallPiece):
             yield self._input_delta(event.text)
         elif isinstance(event, Call):
-            yield from self._call(event)
+            self._blocks[-1]["input"] = event.arguments
+            yield from self._close()
         elif isinstance(event, End):
             yield from self._end(event)
+
+    def finish(self) -> Iterator[Body]:
+        yield {"type": "message_stop"}
 
     def result(self) -> Body:
         """The whole message, once its end was fed."""
@@ -94,13 +97,6 @@ class MessageReply:
     def _input_delta(self, text: str) -> Body:
         return self._delta({"type": "input_json_delta", "partial_json": text})
 
-    def _call(self, call: Call) -> Iterator[Body]:
-        if not self._is_in("tool_use"):
-            yield from self._begin_call(call.name)
-            yield self._input_delta(to_json(call.arguments))
-        self._blocks[-1]["input"] = call.arguments
-        yield from self._close()
-
     def _end(self, end: End) -> Iterator[Body]:
         yield from self._close()
         has_calls = any(block["type"] == "tool_use" for block in self._blocks)
@@ -111,7 +107,6 @@ class MessageReply:
         }
         self._message |= delta | {"usage": self._usage_body()}
         yield {"type": "message_delta", "delta": delta, "usage": self._usage_body()}
-        yield {"type": "message_stop"}
 
     @property
     def _blocks(self) -> list[Body]:

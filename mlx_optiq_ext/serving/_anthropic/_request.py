@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._chat import (
-    Chat,
+from .._conversation import (
     Conversation,
     function_tool,
     log_dropped_tools,
@@ -13,13 +12,20 @@ from .._chat import (
 )
 from .._errors import bad_request
 from .._fields import (
-    checked,
     choice,
     missing,
     number,
     objects,
     optional,
     required,
+)
+from .._request import (
+    MAX_TOKENS,
+    Request,
+    read_stop,
+    refuse,
+    refuse_choices,
+    refuse_format,
 )
 from ._content import read_message, system_text
 
@@ -30,8 +36,8 @@ TOOL_CHOICES = ("auto", "any", "tool", "none")
 THINKING = ("enabled", "adaptive", "disabled", "between_tools")
 
 
-def read_request(body: Body, *, counts_only: bool = False) -> Chat:
-    """Translate a request into a chat.
+def read_request(body: Body, *, counts_only: bool = False) -> Request:
+    """Translate a request.
 
     Args:
         body (dict): The request's JSON object.
@@ -44,20 +50,33 @@ def read_request(body: Body, *, counts_only: bool = False) -> Chat:
     messages = required(body, "messages", list)
     if not counts_only and body.get("max_tokens") is None:
         raise missing("max_tokens")
+    _check_supported(body)
     conversation, prefill = _read_messages(body, messages)
-    chat = Chat(
-        model,
-        conversation.result(),
+    request = Request(
+        messages=conversation.result(),
+        model=model,
+        body=body,
+        is_streamed=optional(body, "stream", bool, False),
         prefill=prefill,
         max_tokens=number(body, "max_tokens", None, least=0, kind=int),
+        least_max_tokens=MAX_TOKENS,
         stop=_read_stop(body),
         thinks_by_default=False,
-        body=body,
+        counts_only=counts_only,
     )
-    _read_tools(body, chat)
-    _read_thinking(body, chat)
-    _read_output_config(body, chat)
-    return chat
+    _read_tools(body, request)
+    _read_thinking(body, request)
+    _read_output_config(body, request)
+    return request
+
+
+def _check_supported(body: Body) -> None:
+    config = optional(body, "output_config", dict, {})
+    refuse_format(config.get("format"), "output_config.format")
+    refuse_format(body.get("output_format"), "output_format")
+    refuse_format(body.get("response_format"), "response_format")
+    refuse(body, "logprobs", "top_logprobs")
+    refuse_choices(body)
 
 
 def _read_messages(body: Body, messages: list[Any]) -> tuple[Conversation, str]:
@@ -92,15 +111,11 @@ def _take_prefill(conversation: Conversation) -> str:
 
 
 def _read_stop(body: Body) -> tuple[str, ...]:
-    sequences = optional(body, "stop_sequences", list, [])
-    for index, sequence in enumerate(sequences):
-        path = f"stop_sequences.{index}"
-        if not checked(sequence, str, path):
-            raise bad_request(f"{path}: must not be empty", param=path)
-    return tuple(sequences)
+    optional(body, "stop_sequences", list)
+    return read_stop(body, "stop_sequences") or read_stop(body, "stop")
 
 
-def _read_tools(body: Body, chat: Chat) -> None:
+def _read_tools(body: Body, request: Request) -> None:
     tools, dropped = [], []
     for path, tool in objects(optional(body, "tools", list, []), "tools"):
         if optional(tool, "type", str, "custom", f"{path}.") == "custom":
@@ -111,18 +126,14 @@ def _read_tools(body: Body, chat: Chat) -> None:
     tool_choice = optional(body, "tool_choice", dict, {"type": "auto"})
     kind = required(tool_choice, "type", str, "tool_choice.")
     choice(kind, TOOL_CHOICES, "tool_choice.type")
-    chat.one_call = optional(
+    request.one_call = optional(
         tool_choice, "disable_parallel_tool_use", bool, False, "tool_choice."
     )
     if kind == "tool":
         name = required(tool_choice, "name", str, "tool_choice.")
         tools = pick_tools(tools, [name], "tool_choice.name")
-    chat.must_call = kind in ("any", "tool")
-    if chat.must_call and not tools:
-        raise bad_request(
-            f"tool_choice: {kind!r} needs a tool to call", param="tool_choice"
-        )
-    chat.tools = tools if kind != "none" and tools else None
+    mode = {"any": "required", "tool": "required"}.get(kind, kind)
+    request.choose_tools(mode, tools)
 
 
 def _read_tool(tool: Body, path: str) -> dict[str, Any]:
@@ -133,44 +144,41 @@ def _read_tool(tool: Body, path: str) -> dict[str, Any]:
     )
 
 
-def _read_thinking(body: Body, chat: Chat) -> None:
+def _read_thinking(body: Body, request: Request) -> None:
     thinking = optional(body, "thinking", dict, {})
     kind = optional(thinking, "type", str, path="thinking.")
     if kind is None and thinking:
         raise missing("thinking.type")
+    # Claude Code sends a budget with every request. A thought is not cut at it: what a
+    # model writes after a thought that was cut is not what it would have written.
+    number(thinking, "budget_tokens", None, least=0, kind=int)
     if kind is not None:
         choice(kind, THINKING, "thinking.type")
-        chat.has_thinking = kind != "disabled"
-    number(thinking, "budget_tokens", None, least=0, kind=int)
-    if kind == "enabled":
-        _check_thinking(chat)
-    if chat.prefill or chat.must_call:
-        chat.has_thinking = False
+        if kind == "enabled":
+            _check_thinking(request)
+        request.has_thinking = kind != "disabled"
+    if request.prefill or request.must_call:
+        request.has_thinking = False
 
 
-def _check_thinking(chat: Chat) -> None:
-    if chat.prefill:
+def _check_thinking(request: Request) -> None:
+    if request.prefill:
         raise bad_request(
             "messages: the last message must not be the assistant's when thinking is "
             "enabled",
             param="messages",
         )
-    if chat.must_call:
+    if request.must_call:
         raise bad_request(
             "tool_choice: a call cannot be forced when thinking is enabled",
             param="tool_choice",
         )
 
 
-def _read_output_config(body: Body, chat: Chat) -> None:
+def _read_output_config(body: Body, request: Request) -> None:
     config = optional(body, "output_config", dict, {})
     effort = optional(config, "effort", str, path="output_config.")
     if effort is not None:
-        chat.template["reasoning_effort"] = choice(
+        request.template["reasoning_effort"] = choice(
             effort, EFFORTS, "output_config.effort"
-        )
-    if config.get("format") is not None or body.get("output_format") is not None:
-        raise bad_request(
-            "output_config.format: structured output is not supported",
-            param="output_config.format",
         )

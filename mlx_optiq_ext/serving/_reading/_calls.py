@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .._chat import to_json
+from .._conversation import to_json
 from .._events import Call, CallPiece, CallStart, Event
 from ._schema import Declarations, Declared, load_json
 from ._source import Source, Steps

@@ -5,7 +5,7 @@ A key is what comes before a colon; a key that is declared may have colons in it
 
 from __future__ import annotations
 
-from .._chat import to_json
+from .._conversation import to_json
 from ._calls import CallReader, NotACallError
 from ._json_calls import expect, read_value
 from ._schema import Declared, read_bare

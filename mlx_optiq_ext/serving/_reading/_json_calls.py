@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .._chat import to_json
+from .._conversation import to_json
 from .._events import CallPiece
 from ._calls import CallReader, NotACallError
 from ._schema import load_json

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from .._chat import to_json
+from .._conversation import to_json
 
 Schema = dict[str, Any]
 

@@ -6,7 +6,7 @@ after it, for the values of agents' tools are files, which may be about these ma
 
 from __future__ import annotations
 
-from .._chat import to_json
+from .._conversation import to_json
 from .._events import CallPiece
 from ._calls import CallReader, NotACallError
 from ._json_calls import pass_value

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from .._chat import Conversation, Part, image_part, simplified, text_part
+from .._conversation import (
+    Conversation,
+    Part,
+    image_part,
+    read_arguments,
+    simplified,
+    text_part,
+)
 from .._errors import bad_request
 from .._fields import checked, choice, objects, optional, required
 from ._tools import flat_name
@@ -18,12 +24,17 @@ CALLS = ("function_call", "custom_tool_call")
 OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
+# What ran on the vendor's own servers, or has been left there: nobody else can read it.
+VENDOR_ITEMS = ("compaction", "compaction_summary", "compaction_trigger")
+VENDOR_STARTS = ("mcp_", "tool_search_")
+VENDOR_ENDINGS = ("_call", "_call_output")
+
+
 class ItemReader:
-    """Adds items to a conversation. A thought belongs to the turn after it."""
+    """Adds items to a conversation."""
 
     def __init__(self, conversation: Conversation):
         self._conversation = conversation
-        self._reasoning = ""
 
     def read(self, item: Item, path: str) -> None:
         """Add an item.
@@ -35,12 +46,14 @@ class ItemReader:
         if kind == "message":
             self._message(item, path)
         elif kind == "reasoning":
-            self._reasoning += reasoning_text(item, path)
+            # It is part of the assistant's turn, even if the rest was never written.
+            if text := reasoning_text(item, path):
+                self._conversation.add_assistant(reasoning=text)
         elif kind in CALLS:
             self._call(item, kind, path)
         elif kind in OUTPUTS:
             self._output(item, path)
-        else:
+        elif not is_ignored(kind):
             raise bad_request(
                 f"{path}type: {kind!r} is not supported here", param=f"{path}type"
             )
@@ -52,7 +65,7 @@ class ItemReader:
         if role == "user":
             self._conversation.add_user(simplified(parts))
         elif role == "assistant":
-            self._conversation.add_assistant(_only_text(parts), self._take_reasoning())
+            self._conversation.add_assistant(_only_text(parts))
         else:
             self._conversation.add_system(_only_text(parts))
 
@@ -60,10 +73,9 @@ class ItemReader:
         if kind == "custom_tool_call":
             arguments = {"input": required(item, "input", str, path)}
         else:
-            arguments = _read_arguments(required(item, "arguments", str, path))
+            arguments = read_arguments(required(item, "arguments", str, path))
         namespace = optional(item, "namespace", str, path=path)
         name = flat_name(required(item, "name", str, path), namespace)
-        self._conversation.add_assistant(reasoning=self._take_reasoning())
         call_id = required(item, "call_id", str, path)
         self._conversation.add_call(call_id, name, arguments)
 
@@ -75,9 +87,14 @@ class ItemReader:
         if images := [part for part in parts if part["type"] != "text"]:
             self._conversation.add_user(images)
 
-    def _take_reasoning(self) -> str:
-        reasoning, self._reasoning = self._reasoning, ""
-        return reasoning
+
+def is_ignored(kind: str) -> bool:
+    """Whether items of a kind mean something to their vendor only."""
+    return (
+        kind in VENDOR_ITEMS
+        or kind.startswith(VENDOR_STARTS)
+        or kind.endswith(VENDOR_ENDINGS)
+    )
 
 
 def reasoning_text(item: Item, path: str) -> str:
@@ -110,15 +127,6 @@ def _read_part(part: Item, path: str) -> Part:
 
 def _only_text(parts: list[Part]) -> str:
     return "\n".join(part["text"] for part in parts if part["type"] == "text")
-
-
-def _read_arguments(text: str) -> dict[str, Any]:
-    """The arguments of an earlier call, which a template wants as an object."""
-    try:
-        arguments = json.loads(text or "{}")
-    except ValueError:
-        arguments = None
-    return arguments if isinstance(arguments, dict) else {"arguments": text}
 
 
 def input_items(value: Any) -> list[Item]:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from .._chat import to_json
+from .._conversation import to_json
 from .._errors import APIError
-from .._events import Call, CallPiece, CallStart, End, Event, Text, Thought, Usage
+from .._events import (
+    Call,
+    CallPiece,
+    CallStart,
+    End,
+    Event,
+    Text,
+    Thought,
+    Token,
+    Usage,
+)
+from .._logprobs import logprob_entry
+from .._speculation import timings
 from ._request import ResponseRequest
 from ._tools import ToolName
 
@@ -36,6 +49,8 @@ class ResponseReply:
         self._request = request
         self._num_events = 0
         self._is_open = False
+        # Those of tokens of which no text was sent yet.
+        self._logprobs: list[Body] = []
         self._response: Body = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -65,8 +80,14 @@ class ResponseReply:
             yield from self._call_piece(event.text)
         elif isinstance(event, Call):
             yield from self._call(event)
+        elif isinstance(event, Token):
+            self._logprobs.append(logprob_entry(event))
         elif isinstance(event, End):
             yield from self._end(event)
+
+    def finish(self) -> Iterator[Body]:
+        status = self._response["status"]
+        yield self._event(f"response.{status}", response=self._snapshot())
 
     def result(self) -> Body:
         """The whole response, once its end was fed."""
@@ -98,12 +119,22 @@ class ResponseReply:
             }
             yield from self._open("message", "msg", content=[], role="assistant")
             yield from self._open_part(part)
+        logprobs = self._take_logprobs()
         self._part["text"] += text
+        self._part["logprobs"] += logprobs
         yield self._item_event(
-            "response.output_text.delta", content_index=0, delta=text, logprobs=[]
+            "response.output_text.delta",
+            content_index=0,
+            delta=text,
+            logprobs=logprobs,
         )
 
+    def _take_logprobs(self) -> list[Body]:
+        logprobs, self._logprobs = self._logprobs, []
+        return logprobs if self._request.request.gives_logprobs else []
+
     def _thought(self, text: str) -> Iterator[Body]:
+        self._logprobs.clear()
         if not self._is_in("reasoning"):
             yield from self._open(
                 "reasoning", "rs", summary=[], content=[], encrypted_content=None
@@ -128,13 +159,11 @@ class ResponseReply:
             yield self._item_event("response.function_call_arguments.delta", delta=text)
 
     def _call(self, call: Call) -> Iterator[Body]:
-        if not self._is_in("function_call") and not self._is_in("custom_tool_call"):
-            yield from self._begin_call(call.name)
+        self._logprobs.clear()
         is_custom = self._is_in("custom_tool_call")
         field, events = CALL_FIELDS[self._item["type"]]
-        if not self._item[field]:
-            text = _free_form(call) if is_custom else to_json(call.arguments)
-            self._item[field] = text
+        if is_custom:
+            text = self._item[field] = _free_form(call)
             yield self._item_event(f"response.{events}.delta", delta=text)
         done = {field: self._item[field]}
         if not is_custom:
@@ -147,11 +176,11 @@ class ResponseReply:
         status = "completed" if is_complete else "incomplete"
         yield from self._close(status)
         self._response |= {"status": status, "usage": self._usage_body()}
+        self._response |= timings(self._usage)
         if is_complete:
             self._response["completed_at"] = int(time.time())
         else:
             self._response["incomplete_details"] = {"reason": "max_output_tokens"}
-        yield self._event(f"response.{status}", response=self._snapshot())
 
     @property
     def _item(self) -> Body:
@@ -172,13 +201,13 @@ class ResponseReply:
         yield self._event(
             "response.output_item.added",
             output_index=len(self._output) - 1,
-            item=_copy(self._item),
+            item=copy.deepcopy(self._item),
         )
 
     def _open_part(self, part: Body) -> Iterator[Body]:
         self._item["content"].append(part)
         yield self._item_event(
-            "response.content_part.added", content_index=0, part=dict(part)
+            "response.content_part.added", content_index=0, part=copy.deepcopy(part)
         )
 
     def _close(self, status: str = "completed") -> Iterator[Body]:
@@ -186,7 +215,7 @@ class ResponseReply:
             return
         self._is_open = False
         if self._item["type"] == "message":
-            yield from self._close_part("output_text", logprobs=[])
+            yield from self._close_part("output_text", logprobs=self._part["logprobs"])
         elif self._item["type"] == "reasoning":
             yield from self._close_part("reasoning_text")
             yield from self._summary()
@@ -194,7 +223,7 @@ class ResponseReply:
         yield self._event(
             "response.output_item.done",
             output_index=len(self._output) - 1,
-            item=_copy(self._item),
+            item=copy.deepcopy(self._item),
         )
 
     def _close_part(self, name: str, **fields: Any) -> Iterator[Body]:
@@ -203,7 +232,9 @@ class ResponseReply:
             f"response.{name}.done", content_index=0, text=text, **fields
         )
         yield self._item_event(
-            "response.content_part.done", content_index=0, part=dict(self._part)
+            "response.content_part.done",
+            content_index=0,
+            part=copy.deepcopy(self._part),
         )
 
     def _summary(self) -> Iterator[Body]:
@@ -259,11 +290,3 @@ def _free_form(call: Call) -> str:
     """The input of a free-form tool, whatever the model called its argument."""
     text = call.arguments.get("input", next(iter(call.arguments.values()), ""))
     return text if isinstance(text, str) else to_json(text)
-
-
-def _copy(item: Body) -> Body:
-    """An item as it is now, its parts included."""
-    return {
-        name: [dict(part) for part in value] if isinstance(value, list) else value
-        for name, value in item.items()
-    }

@@ -6,9 +6,18 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from .._chat import Chat, Conversation
-from .._errors import APIError, bad_request
-from .._fields import checked, choice, missing, number, optional
+from .._conversation import Conversation
+from .._errors import bad_request
+from .._fields import choice, missing, number, optional
+from .._request import (
+    MAX_TOKENS,
+    Request,
+    read_num_top_logprobs,
+    read_stop,
+    refuse,
+    refuse_choices,
+    refuse_format,
+)
 from .._store import ResponseStore
 from ._items import ItemReader, input_items, is_reference
 from ._tools import ToolBox
@@ -16,7 +25,7 @@ from ._tools import ToolBox
 Body = dict[str, Any]
 Item = dict[str, Any]
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+LOGPROBS = "message.output_text.logprobs"
 TRUNCATIONS = ("auto", "disabled")
 ID_PREFIXES = {
     "message": "msg",
@@ -33,14 +42,14 @@ class ResponseRequest:
     """A request to Responses.
 
     Args:
-        chat: What it asks of mlx-lm.
+        request: What it asks of mlx-lm.
         tool_box: Its tools.
         items: All that the reply is based on, earlier turns included, each with an id.
         echo: Fields of the request that the response object repeats.
         is_stored: Whether the response can be asked for later.
     """
 
-    chat: Chat
+    request: Request
     tool_box: ToolBox
     items: list[Item]
     echo: Body
@@ -48,7 +57,7 @@ class ResponseRequest:
 
 
 def read_request(body: Body, store: ResponseStore) -> ResponseRequest:
-    """Translate a request into a chat.
+    """Translate a request.
 
     Args:
         body (dict): The request's JSON object.
@@ -64,34 +73,39 @@ def read_request(body: Body, store: ResponseStore) -> ResponseRequest:
     reader = ItemReader(conversation)
     for index, item in enumerate(items):
         reader.read(item, f"input.{index}.")
-    chat = Chat(
-        optional(body, "model", str),
-        conversation.result(),
-        max_tokens=number(body, "max_output_tokens", None, least=1, kind=int),
-        stop=_read_stop(body),
+    num_top_logprobs = read_num_top_logprobs(body)
+    request = Request(
+        messages=conversation.result(),
+        model=optional(body, "model", str),
         body=body,
+        is_streamed=optional(body, "stream", bool, False),
+        max_tokens=_read_max_tokens(body),
+        least_max_tokens=MAX_TOKENS,
+        stop=read_stop(body, "stop") or read_stop(body, "stop_sequences"),
+        gives_logprobs=LOGPROBS in optional(body, "include", list, [])
+        or num_top_logprobs > 0,
+        num_top_logprobs=num_top_logprobs,
     )
     tool_box = ToolBox(body)
-    tool_box.choose(body, chat)
-    _read_reasoning(body, chat)
+    tool_box.choose(body, request)
+    _read_reasoning(body, request)
     is_stored = optional(body, "store", bool, True)
-    return ResponseRequest(chat, tool_box, items, _echo(body), is_stored)
+    return ResponseRequest(request, tool_box, items, _echo(body), is_stored)
 
 
 def _check_supported(body: Body) -> None:
-    if optional(body, "background", bool, False):
-        raise _unsupported("background")
-    if body.get("conversation") is not None:
-        raise _unsupported("conversation")
-    if body.get("prompt") is not None:
-        raise _unsupported("prompt")
-    layout = optional(optional(body, "text", dict, {}), "format", dict, {}, "text.")
-    if layout.get("type", "text") != "text":
-        raise _unsupported("text.format")
+    refuse(body, "background", "conversation", "prompt")
+    text = optional(body, "text", dict, {})
+    refuse_format(text.get("format"), "text.format")
+    refuse_format(body.get("response_format"), "response_format")
+    refuse_choices(body)
 
 
-def _unsupported(name: str) -> APIError:
-    return bad_request(f"{name}: not supported here", name, "unsupported_parameter")
+def _read_max_tokens(body: Body) -> int | None:
+    for name in ("max_output_tokens", "max_completion_tokens", "max_tokens"):
+        if (found := number(body, name, None, least=1, kind=int)) is not None:
+            return found
+    return None
 
 
 def _read_items(body: Body, store: ResponseStore) -> list[Item]:
@@ -139,26 +153,13 @@ def _with_id(item: Item) -> Item:
     return item | {"id": f"{ID_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind}
 
 
-def _read_stop(body: Body) -> tuple[str, ...]:
-    stop = optional(body, "stop", (str, list), [])
-    sequences = [stop] if isinstance(stop, str) else stop
-    return tuple(
-        checked(sequence, str, f"stop.{index}")
-        for index, sequence in enumerate(sequences)
-        if sequence != ""
-    )
-
-
-def _read_reasoning(body: Body, chat: Chat) -> None:
+def _read_reasoning(body: Body, request: Request) -> None:
     reasoning = optional(body, "reasoning", dict, {})
     effort = optional(reasoning, "effort", str, path="reasoning.")
     if effort is not None:
-        choice(effort, EFFORTS, "reasoning.effort")
-        chat.has_thinking = effort not in ("none", "minimal")
-        chat.template["reasoning_effort"] = effort
-    if chat.must_call:
-        # A call is forced by its first token, which leaves no room for a thought.
-        chat.has_thinking = False
+        request.choose_effort(effort, "reasoning.effort")
+    elif (effort := optional(body, "reasoning_effort", str)) is not None:
+        request.choose_effort(effort, "reasoning_effort")
 
 
 def _echo(body: Body) -> Body:

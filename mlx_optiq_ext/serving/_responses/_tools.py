@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .._chat import (
-    Chat,
+from .._conversation import (
     function_tool,
     log_dropped_tools,
     pick_tools,
 )
 from .._errors import bad_request
 from .._fields import choice, objects, optional, required
+from .._request import Request
 
 Body = dict[str, Any]
 
@@ -56,8 +56,8 @@ class ToolBox:
     def client_name(self, name: str) -> ToolName:
         return self._names.get(name, ToolName(name))
 
-    def choose(self, body: Body, chat: Chat) -> None:
-        """Give a chat the tools that ``tool_choice`` leaves."""
+    def choose(self, body: Body, request: Request) -> None:
+        """Offer the tools that ``tool_choice`` leaves."""
         selected = optional(body, "tool_choice", (str, dict), "auto")
         if isinstance(selected, str):
             mode = choice(selected, ("auto", "none", "required"), "tool_choice")
@@ -65,13 +65,8 @@ class ToolBox:
         else:
             mode, names = self._selection(selected)
             tools = pick_tools(self.tools, names, "tool_choice.name")
-        chat.must_call = mode == "required"
-        if chat.must_call and not tools:
-            raise bad_request(
-                "tool_choice: 'required' needs a tool to call", param="tool_choice"
-            )
-        chat.tools = tools if tools and mode != "none" else None
-        chat.one_call = not optional(body, "parallel_tool_calls", bool, True)
+        request.choose_tools(mode, tools)
+        request.one_call = not optional(body, "parallel_tool_calls", bool, True)
 
     def _selection(self, selected: Body) -> tuple[str, list[str]]:
         kind = required(selected, "type", str, "tool_choice.")

@@ -1,11 +1,11 @@
-"""What both APIs ask of mlx-lm: a chat, and how to sample its next turn."""
+"""Turns of a conversation and tools, in the words that a chat template takes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from ._errors import bad_request
@@ -14,49 +14,28 @@ Message = dict[str, Any]
 Part = dict[str, Any]
 
 
-@dataclass
-class Chat:
-    """A request, in the words of mlx-lm's chat completions.
-
-    Args:
-        model: The id that the client uses.
-        messages: As a chat template takes them.
-        tools: As a chat template takes them, None if there are none.
-        must_call: The reply has to be a call of a tool.
-        one_call: The reply is over after its first call.
-        prefill: How the reply has to begin.
-        max_tokens: None for the server's default, 0 to fill the cache only.
-        stop: Stop sequences.
-        template: Further arguments of the chat template.
-        has_thinking: Whether thinking is asked for, None if that is left open.
-        thinks_by_default: What an open question means, unless the server's own
-            template arguments decide it.
-        body: The request's own body, for the sampling parameters.
-    """
-
-    model: str | None
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    must_call: bool = False
-    one_call: bool = False
-    prefill: str = ""
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    template: dict[str, Any] = field(default_factory=dict)
-    has_thinking: bool | None = None
-    thinks_by_default: bool = True
-    body: dict[str, Any] = field(default_factory=dict)
+# Claude Code's first line, with a value that is new for every request: kept, it would
+# spoil the prompt cache for everything after it.
+BILLING_HEADER = "x-anthropic-billing-header:"
 
 
 class Conversation:
-    """Collects turns: neighbours of one role merge, system text goes to the top."""
+    """Collects turns, of which neighbours of one role merge.
+
+    System text goes to the top if it comes first. What comes later stays where it is,
+    for the sake of its meaning and of the prompt cache: as the user's, because most
+    templates take system text at the top only.
+    """
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self._system: list[str] = []
 
     def add_system(self, text: str) -> None:
-        if text:
+        text = without_billing_line(text)
+        if text and self.messages:
+            self.add_user(text)
+        elif text:
             self._system.append(text)
 
     def add_user(self, content: str | list[Part]) -> None:
@@ -91,6 +70,30 @@ class Conversation:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self.messages.append({"role": "assistant", "content": ""})
         return self.messages[-1]
+
+
+def without_billing_line(text: str) -> str:
+    """A system prompt without the line that is for billing only."""
+    return text.partition("\n")[2] if text.startswith(BILLING_HEADER) else text
+
+
+def read_arguments(value: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The arguments of an earlier call, which a template wants as an object.
+
+    What is no object, for the model wrote something else or was cut off, is passed on
+    as a single argument, so that the model sees it and the conversation can go on.
+    """
+    if isinstance(value, dict):
+        return value
+    arguments: Any = value or "{}"
+    # Some clients encode what is encoded already.
+    for _ in range(2):
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+    if arguments is None:
+        return {}
+    return arguments if isinstance(arguments, dict) else {"arguments": value}
 
 
 def text_part(text: str) -> Part:
