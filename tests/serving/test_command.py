@@ -34,8 +34,10 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def last_line(text: str) -> str:
-    return text.splitlines()[-1]
+def error_line(text: str) -> str:
+    """The one line that says what went wrong, among those of the log."""
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    return line
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_a_port_in_use(taken_port: int, flags: tuple[str, ...]) -> None:
     result = run("--model", str(DEMO), "--port", str(taken_port), *flags)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    line = last_line(result.stderr)
+    line = error_line(result.stderr)
     assert line.startswith("error: cannot listen at 127.0.0.1")
     assert str(taken_port) in line
     assert "in use" in line
@@ -59,7 +61,7 @@ def test_a_host_that_there_is_none_of() -> None:
     result = run("--model", str(DEMO), "--host", "no.such.host.invalid")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert last_line(result.stderr).startswith("error: cannot listen at")
+    assert error_line(result.stderr).startswith("error: cannot listen at")
 
 
 @pytest.mark.parametrize("flags", [(), ("--mtp",)])
@@ -76,7 +78,7 @@ def test_a_model_that_cannot_be_loaded(
     result = run("--model", model, "--port", str(free_port()), *flags)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert last_line(result.stderr).startswith("error: ")
+    assert error_line(result.stderr)
 
 
 def wait_for_end(server: ServerProcess) -> int:
@@ -100,7 +102,7 @@ def test_an_interrupt_ends_a_generation_and_the_server(
             pass
         os.kill(server.pid, signal.SIGINT)
         assert wait_for_end(server) == 130
-    assert last_line(server.output()) == "Stopped."
+    assert error_line(server.output()) == "Stopped."
     assert "Traceback" not in server.output()
 
 
@@ -112,7 +114,7 @@ def test_an_interrupt_during_a_prompt(start_server: Starter) -> None:
         os.kill(server.pid, signal.SIGINT)
         os.kill(server.pid, signal.SIGINT)
         assert wait_for_end(server) == 130
-    assert last_line(server.output()) == "Stopped."
+    assert error_line(server.output()) == "Stopped."
     assert "Traceback" not in server.output()
 
 

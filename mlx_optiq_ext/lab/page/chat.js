@@ -226,6 +226,9 @@ function save(conversation = now) {
   if (!kept.save(conversation)) toast("The browser's store is full: delete some conversations.");
 }
 
+// A reload or a closed tab keeps all that had come.
+addEventListener("pagehide", () => { if (running) save(running.conversation); });
+
 // ---- asking
 
 function key(event) {
