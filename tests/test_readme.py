@@ -113,7 +113,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return Reader(tmp_path_factory.mktemp("readme"))
 
 
-IS_SERVER = re.compile(r"mlx_lm\.server|curl ")
+# The tests of the Lab start that.
+IS_SERVER = re.compile(r"mlx_lm\.server|curl |mlx-optiq-ext lab")
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if not IS_SERVER.match(c)])
