@@ -26,13 +26,6 @@ BELOW["lab"] = set()
 BELOW["patches"] = {"serving", *BELOW["serving"]}
 BELOW["cli"] = {"lab", "patches", *BELOW["patches"]}
 
-# Modules that a folder shares with those above it and are no doors.
-PRIVATE_IMPORTS_TO_BE_MOVED = {
-    ("patches", "serving"),
-    ("rollback", "patches"),
-    ("cli", "heads"),
-}
-
 
 def imports() -> Iterator[tuple[str, str, str]]:
     """File, and the folder and the module in it that the file imports."""
@@ -72,11 +65,7 @@ def test_imports_are_found() -> None:
 def test_imports_go_down(room: str) -> None:
     found = {(file, other) for file, other, _ in ALL if file.startswith(f"{room}/")}
     allowed = BELOW[room] | {room}
-    wrong = {
-        (file, other)
-        for file, other in found
-        if other not in allowed and (room, other) not in PRIVATE_IMPORTS_TO_BE_MOVED
-    }
+    wrong = {(file, other) for file, other in found if other not in allowed}
     assert not wrong
 
 
@@ -88,6 +77,5 @@ def test_nobody_reaches_past_a_door(room: str) -> None:
         if file.startswith(f"{room}/")
         and other != room
         and any(part.startswith("_") for part in module.split("."))
-        and (room, other) not in PRIVATE_IMPORTS_TO_BE_MOVED
     }
     assert not wrong
