@@ -96,8 +96,8 @@ class Generator(server.ResponseGenerator):
         )
 
     def _is_batchable(self, args: Any) -> bool:
-        if super()._is_batchable(args) or self.model_provider.model is None:
-            return super()._is_batchable(args)
+        if super()._is_batchable(args):
+            return True
         if serving.speculation_of(self.model_provider.model) is None:
             return False
         # Where sequences have seeds of their own, one does not keep a request alone.

@@ -29,7 +29,7 @@ from ._recurrence import (
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
 from ._transaction import check_entries
 
-STATE_POSITION, MASK_POSITION = 7, 8  # of gated_delta_update's arguments
+STATE_POSITION = 7  # of gated_delta_update's arguments
 
 # Modules of mlx-lm, and classes in them, that need the offset as a number.
 _NEED_NUMBERS = {"gpt_bigcode", "llama4", "llama4_text", "deepseek_v41"}
