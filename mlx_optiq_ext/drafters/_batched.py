@@ -50,6 +50,28 @@ class Committed:
         last = mx.array([[max(num_rows - 1, 0)] for num_rows in self.num_rows])
         return mx.take_along_axis(self.tokens, last, axis=1)
 
+    @property
+    def last_states(self) -> mx.array:
+        """The state of the last row of each sequence, ``[num_sequences, 1, hidden]``.
+
+        There must be states.
+        """
+        assert self.states is not None
+        return row_of(self.states, self.num_rows)
+
+
+def row_of(rows: mx.array, num_rows: Sequence[int]) -> mx.array:
+    """The last row of each sequence, ``[num_sequences, 1, hidden]``.
+
+    Args:
+        rows (mx.array): ``[num_sequences, max(num_rows), hidden]``.
+        num_rows (Sequence[int]): How many rows each sequence has.
+    """
+    if rows.shape[1] == 1:
+        return rows
+    last = mx.array([[[max(number - 1, 0)]] for number in num_rows])
+    return mx.take_along_axis(rows, last, axis=1)
+
 
 def together(parts: Sequence[Committed]) -> Committed:
     """What was committed for sequences of several passes."""
@@ -92,17 +114,18 @@ class BatchDraftSession(Protocol):
     """A drafter at work on several sequences.
 
     Each joins with a session of its own and is released as one. What is promised of
-    ``DraftSession`` holds for every sequence.
+    ``DraftSession`` holds for every sequence. A class that inherits from it has to
+    define ``join``, ``release``, ``filter`` and ``draft``.
     """
 
     def is_behind(self, indices: Sequence[int]) -> bool:
         """Whether tokens of one of these sequences were put off."""
-        ...
+        return False
 
     @property
     def entries(self) -> Sequence[Any]:
         """All that the drafter keeps of the sequences, for its size."""
-        ...
+        return ()
 
     def join(self, session: Any) -> None:
         """Take in another sequence, the last one from now on.
@@ -126,10 +149,12 @@ class BatchDraftSession(Protocol):
         """See committed tokens, then propose so many for each sequence."""
         ...
 
-    def catch_up(self) -> None: ...
+    def catch_up(self) -> None:
+        """Process the tokens that were put off."""
+        return
 
 
-class SeparateSessions:
+class SeparateSessions(BatchDraftSession):
     """Sequences that are drafted for one after the other."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from .._errors import SpeculationError
 from .._options import DraftVocab
 from ..mixins import MTPMixin
 from ..rollback import Batch
-from ._batched import Committed, Proposals
+from ._batched import Committed, Proposals, row_of
 from ._draft_vocab import DraftVocabulary
 from ._protocol import Proposal
 
@@ -61,7 +61,7 @@ class MTPDrafter:
     def make_cache(self) -> list[Any]:
         return self._model.make_mtp_cache()
 
-    def open_batch(self) -> MTPBatchSession:
+    def open_batch(self, batch: Batch) -> MTPBatchSession:
         return MTPBatchSession(self._model, self._vocabulary)
 
     def open(
@@ -234,8 +234,7 @@ class MTPBatchSession:
         self.catch_up()
         project = self._projection()
         rows = self._see(committed)
-        last = mx.array([[[max(number - 1, 0)]] for number in committed.num_rows])
-        hidden = mx.take_along_axis(rows, last, axis=1)
+        hidden = row_of(rows, committed.num_rows)
         depth = max(num_draft_tokens)
         for position in range(depth):
             if position:

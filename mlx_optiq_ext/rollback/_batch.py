@@ -26,7 +26,14 @@ from ._recurrence import (
     has_known_recurrence,
     prepare_recurrence,
 )
-from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
+from ._sequences import (
+    BatchKV,
+    BatchQuantizedKV,
+    BatchRing,
+    BatchStates,
+    Offsets,
+    Visible,
+)
 from ._transaction import check_entries
 
 STATE_POSITION = 7  # of gated_delta_update's arguments
@@ -162,6 +169,14 @@ class Batch:
         """Take back the latest rows of every sequence, which are all append-only."""
         most = [number - num_rows for number in self._offsets.most]
         self._offsets.set(most, self._offsets.array - num_rows)
+
+    def visible(self, index: int) -> Visible:
+        """What one entry, which has keys and values, holds of each sequence.
+
+        Args:
+            index (int): The entry.
+        """
+        return self.entries[index].visible()
 
     def extract(self, index: int, num_tokens: int | None = None) -> list[Any]:
         """Stock entries of one sequence that hold its first tokens.
