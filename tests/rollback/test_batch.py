@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_optiq_ext import SpeculationError
-from mlx_optiq_ext.rollback import Batch
+from mlx_optiq_ext.rollback import Batch, _recurrence
 from mlx_optiq_ext.rollback._sequences import BatchRing
 from tests.gemma import A4B, E4B, load_target
 from tests.helpers import assert_same_cache, load_tiny
@@ -159,6 +159,19 @@ def test_a_sequence_can_leave_with_fewer_rows_of_the_last_pass(
         found = company.batch.extract(1, number)
         member.feed(rows[1][:num_tokens])
         assert_same_cache(member.cache, found)
+
+
+def test_a_recurrence_with_a_kernel_is_run_again_on_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_recurrence, "make_call", _recurrence.Call)
+    company = Company("qwen dense")
+    for num_prompt_tokens in (6, 19):
+        company.join(num_prompt_tokens)
+    for _ in range(6):
+        company.round()
+    for index in range(2):
+        company.check(index)
 
 
 @pytest.mark.parametrize("name", ["qwen dense", "gemma bfloat16"])
