@@ -9,7 +9,7 @@ be equal. Two things are known to differ, and are kept out of the comparison:
 - A stop sequence ends the text where it first occurs, which mlx-lm's own server finds
   only if the model spells it with certain tokens. What is expected is what that server
   says without it, up to there.
-- A penalty of a request with a seed does not see, in that server, the part of the prompt
+- A penalty of a request with a seed does not see, in that server, the part of a prompt
   that is in the cache. Such a prompt begins with a number that no other begins with.
 """
 
@@ -151,9 +151,11 @@ def logprobs_of(choice: dict[str, Any]) -> list[Any]:
     # Which is first among those that are equally likely is not said, and with them
     # mlx-lm's server does not say which one the token is.
     return [
-        sorted((each["logprob"] for each in entry["top_logprobs"]), reverse=True)
-        if entry.get("top_logprobs")
-        else (entry["id"], entry["logprob"])
+        (
+            sorted((each["logprob"] for each in entry["top_logprobs"]), reverse=True)
+            if entry.get("top_logprobs")
+            else (entry["id"], entry["logprob"])
+        )
         for entry in content
     ]
 

@@ -25,7 +25,9 @@ REPORTED = {
     for file in sorted((Path(__file__).parents[1] / "data" / "reported").glob("*.json"))
 }
 WHOLE = [name for name, case in REPORTED.items() if "reply" in case]
-CHATS = [name for name in WHOLE if "choices.0.message.content" in REPORTED[name]["reply"]]
+CHATS = [
+    name for name in WHOLE if "choices.0.message.content" in REPORTED[name]["reply"]
+]
 FORMATS = [name for name in REPORTED if name.endswith("_response_format")]
 GEMMA_MARKERS = "<|tool_call> <tool_call|>"
 
@@ -69,7 +71,7 @@ def test_what_was_reported_is_answered_alike_in_a_stream(
 
 
 def test_log_probabilities_are_in_streams(servers: Servers) -> None:
-    (*chunks, last) = ask(servers, "chat_logprobs_stream").events
+    *chunks, last = ask(servers, "chat_logprobs_stream").events
     entries = [e for c in chunks for e in c["choices"][0]["logprobs"]["content"]]
     entries += last["choices"][0]["logprobs"]["content"]
     assert len(entries) == 5
@@ -81,7 +83,8 @@ def test_the_stream_helper_of_openai_finds_the_usage(servers: Servers) -> None:
     del body["stream"]
     client = servers["demo"].openai()
     with client.chat.completions.stream(model="gpt-x", **body) as stream:
-        usage = stream.get_final_completion().usage
+        stream.until_done()
+        usage = stream.current_completion_snapshot.usage
     assert usage is not None
     assert usage.completion_tokens == 5
     last = ask(servers, "chat_stream_usage_object").events[-1]

@@ -59,7 +59,10 @@ def _frame(block: str) -> Frame:
 
 
 def post(
-    server: ServerProcess, path: str, body: Any, headers: Mapping[str, str] | None = None
+    server: ServerProcess,
+    path: str,
+    body: Any,
+    headers: Mapping[str, str] | None = None,
 ) -> Reply:
     """Send a body as JSON."""
     return request(server, "POST", path, json.dumps(body), headers)
