@@ -46,7 +46,7 @@ class Said(NamedTuple):
 
 
 def read_message(reply: Reply) -> Said:
-    """As Claude Code does, which looses what is in no block of its kind."""
+    """As Claude Code does, which loses what is in no block of its kind."""
     frames = reply.frames
     assert all(frame.name == frame.data["type"] for frame in frames)
     events = [frame.data for frame in frames if frame.name != "ping"]
@@ -189,12 +189,19 @@ def read_chat(reply: Reply) -> Said:
     return Said(
         message["content"],
         message["reasoning_content"],
-        [[c["function"]["name"], json.loads(c["function"]["arguments"])] for c in calls],
+        [
+            [c["function"]["name"], json.loads(c["function"]["arguments"])]
+            for c in calls
+        ],
         [call["id"] for call in calls],
         last["usage"]["prompt_tokens"],
         last["usage"]["prompt_tokens_details"]["cached_tokens"],
         [message],
     )
+
+
+def _function_of(call: Body) -> list[Any]:
+    return [call["function"]["name"], json.loads(call["function"]["arguments"])]
 
 
 def _add_piece(calls: list[Body], piece: Body) -> None:
