@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import warnings
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import wrapt
@@ -82,16 +81,6 @@ def load_default(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         line := describe_recommended(instance.cli_args, instance.model)
     ):
         logging.warning(line)
-
-
-def scan_cache_dir(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from huggingface_hub import CacheNotFound
-
-    # Whoever never downloaded a model has no such folder.
-    try:
-        return wrapped(*args, **kwargs)
-    except CacheNotFound:
-        return SimpleNamespace(repos=frozenset())
 
 
 def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
