@@ -38,11 +38,11 @@ def stop_server_while_imported() -> None:
 
     Importing mlx-lm takes seconds, and `main` can catch no interrupt before it runs.
     """
-    is_server = program() in _SERVER
-    if is_server and threading.current_thread() is threading.main_thread():
-        # Whoever started the process may have told it to ignore the signal.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, stop)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    # Whoever started the process may have told it to ignore the signal.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if program() in _SERVER and is_main_thread and is_default:
+        signal.signal(signal.SIGINT, stop)
 
 
 def release() -> None:
