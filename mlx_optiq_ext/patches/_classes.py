@@ -10,9 +10,9 @@ from typing import Any
 
 from mlx_lm import server
 
-from .. import serving
+from .. import _interrupts, serving
 from ._request import Request, current
-from .server import INTERRUPTED, end_process
+from .server import end_process
 
 
 class Server(ThreadingHTTPServer):
@@ -33,7 +33,7 @@ class CommandServer(Server):
             super().serve_forever(poll_interval)
         except KeyboardInterrupt:
             # mlx-lm would wait for the end of a generation that nobody reads any more.
-            end_process(*INTERRUPTED)
+            end_process(_interrupts.LINE, _interrupts.STATUS)
 
 
 class Handler(server.APIHandler):
