@@ -17,7 +17,7 @@ from ._errors import bad_request, context_overflow, is_template_error
 from ._images import reading_images
 from ._reading import ReplyFormat
 from ._request import Request
-from ._sampling import recommend
+from ._sampling import drop_idle_top_k, recommend
 from ._speculation import check_draft_tokens, speculation_of
 
 Tokenized = tuple[Any, ...]
@@ -62,7 +62,8 @@ def make_prompt(
           than its context.
     """
     _check_request(provider, tokenizer, request)
-    recommend(arguments, provider.model, len(tokenizer))
+    recommend(arguments, provider.model)
+    drop_idle_top_k(arguments, request.body, len(tokenizer))
     prompt, segments, kinds, state, *rest = _begin_reply(
         tokenizer, request, _tokenize(tokenize, tokenizer, request, arguments)
     )
@@ -82,6 +83,7 @@ def _tokenize(
     tokenize: Tokenize, tokenizer: Any, request: Request, arguments: Any
 ) -> Tokenized:
     if isinstance(request.prompt, list):
+        _check_tokens(request.prompt, len(tokenizer))
         # mlx-lm encodes texts only; it says where a reply without messages starts.
         empty = dataclasses.replace(request, prompt="")
         _, _, kinds, *rest = tokenize(tokenizer, empty, arguments)
@@ -96,6 +98,12 @@ def _tokenize(
             if plain == messages or not is_template_error(exc):
                 raise
         return tokenize(tokenizer, _with(request, plain), arguments)
+
+
+def _check_tokens(tokens: list[int], num_known: int) -> None:
+    wrong = [token for token in tokens if not 0 <= token < num_known]
+    if wrong:
+        raise bad_request(f"prompt: there is no token {wrong[0]}", param="prompt")
 
 
 def _split(tokenizer: Any, prompt: list[int]) -> tuple[list[list[int]], list[str]]:
