@@ -136,7 +136,8 @@ class BatchKV:
     def visible(self) -> Visible:
         """Show what the sequences hold between two passes."""
         arrays = [x[..., : max(self._offsets.most), :] for x in self._arrays]
-        return Visible(*self._dequantized(arrays), self._offsets.array)
+        keys, values = self._dequantized(arrays)
+        return Visible(keys, values, self._offsets.array)
 
     def join(self, entry: Any) -> None:
         self._num_sequences += 1
@@ -391,7 +392,8 @@ class BatchRing(BatchKV):
         slots, num_first = mx.arange(self.max_size), self._num_first
         period = self.max_size - num_first
         # The slot that is written next has the oldest row that is not kept for good.
-        again = num_first + (self._ring_index()[:, None] - num_first * 2 + slots) % period
+        oldest = self._ring_index()[:, None] - num_first
+        again = num_first + (oldest + slots - num_first) % period
         is_in_order = self._offsets.array[:, None] <= self.max_size
         return mx.where(is_in_order | (slots < num_first), slots, again)
 

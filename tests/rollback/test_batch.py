@@ -244,7 +244,8 @@ def test_what_a_batch_shows_is_what_its_sequences_hold(name: str) -> None:
         for number, entry in enumerate(company.batch.entries):
             keys, values, num_rows = company.batch.visible(number)
             for index, member in enumerate(company.members):
-                one = slice(index, index + 1), slice(None), slice(num_rows[index].item())
+                held = slice(num_rows[index].item())
+                one = slice(index, index + 1), slice(None), held
                 expected = member.cache[number].keys_and_values()
                 if isinstance(entry, BatchRing):
                     order = member.cache[number]._temporal_order
