@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,6 +83,31 @@ def together(parts: Sequence[Committed]) -> Committed:
         mx.concatenate([_padded(part.tokens, num_rows) for part in parts]),
         mx.concatenate([_padded(x, num_rows) for x in states]) if states else None,
         [number for part in parts for number in part.num_rows],
+    )
+
+
+def in_order(parts: Sequence[Committed]) -> Iterator[Committed]:
+    """Merge what was committed for the same sequences in passes one after another.
+
+    Passes that emitted one token for every sequence are merged into the next one.
+    """
+    waiting: list[Committed] = []
+    for part in parts:
+        waiting.append(part)
+        if part.tokens.shape[1] > 1:
+            yield _merged(waiting)
+            waiting = []
+    if waiting:
+        yield _merged(waiting)
+
+
+def _merged(parts: Sequence[Committed]) -> Committed:
+    states = [part.states for part in parts if part.states is not None]
+    numbers = (part.num_rows for part in parts)
+    return Committed(
+        mx.concatenate([part.tokens for part in parts], axis=1),
+        mx.concatenate(states, axis=1) if states else None,
+        [sum(own) for own in zip(*numbers, strict=True)],
     )
 
 

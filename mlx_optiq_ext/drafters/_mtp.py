@@ -21,7 +21,7 @@ from .._errors import SpeculationError
 from .._options import DraftVocab
 from ..mixins import MTPMixin
 from ..rollback import Batch
-from ._batched import Committed, Proposals, row_of
+from ._batched import Committed, Proposals, in_order, row_of
 from ._draft_vocab import DraftVocabulary
 from ._protocol import Proposal
 
@@ -247,7 +247,7 @@ class MTPBatchSession:
         if not self._put_off:
             return
         put_off, self._put_off = self._put_off, []
-        for committed in put_off:
+        for committed in in_order(put_off):
             self._see(committed)
         mx.async_eval([entry.state for entry in self._head.entries])
 

@@ -140,7 +140,8 @@ class Batch:
         for entry in self._attended:
             entry.keep(array, is_all)
         if self._states and not is_all:
-            states = self._recorded().replayed(array, slice(None))
+            numbers = set(num_rows) if is_known else None
+            states = self._recorded().replayed(array, numbers=numbers)
             for entry, replayed in zip(self._states, states, strict=True):
                 entry.cache = replayed
 

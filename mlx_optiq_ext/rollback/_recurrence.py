@@ -9,7 +9,7 @@ are bit-identical to never having run the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -63,8 +63,16 @@ class Call:
         """The state after the first rows, of which there is at least one."""
         return self._on_rows(slice(num_rows))[1]
 
-    def states_after(self, num_rows: mx.array, one: slice) -> mx.array:
-        """The states of some sequences after as many rows as each keeps."""
+    def states_after(
+        self, num_rows: mx.array, one: slice, numbers: Collection[int]
+    ) -> mx.array:
+        """The states of some sequences after as many rows as each keeps.
+
+        Args:
+            num_rows (mx.array): The number of each, ``[num_sequences]``.
+            one (slice): Of which sequences.
+            numbers (Collection[int]): No other number is in ``num_rows``.
+        """
         inputs = [x[one] for x in self._args[:NUM_ROW_INPUTS]]
         constants = self._args[NUM_ROW_INPUTS:STATE_POSITION]
         state = self._args[STATE_POSITION][one]
@@ -85,21 +93,23 @@ class CallByRow(Call):
 
     def run(self) -> Any:
         state, outputs = self._args[STATE_POSITION], []
-        self._states: list[mx.array | None] = [state]
+        self._states = [state]
         for row in range(self.num_rows):
             output, state = self._on_rows(slice(row, row + 1), state)
             outputs.append(output)
             self._states.append(state)
         return mx.concatenate(outputs, axis=1), state
 
-    def state_after(self, num_rows: int) -> Any:
+    def state_after(self, num_rows: int) -> mx.array:
         return self._states[num_rows]
 
-    def states_after(self, num_rows: mx.array, one: slice) -> Any:
-        kept = num_rows[:, None, None, None]
-        *fewer, state = (None if x is None else x[one] for x in self._states)
-        for number, other in reversed([*enumerate(fewer)]):
-            state = mx.where(kept == number, 0.0 if other is None else other, state)
+    def states_after(
+        self, num_rows: mx.array, one: slice, numbers: Collection[int]
+    ) -> mx.array:
+        first, *others = (self._states[number][one] for number in sorted(numbers))
+        kept, state = num_rows[:, None, None, None], first
+        for number, other in zip(sorted(numbers)[1:], others, strict=True):
+            state = mx.where(kept == number, other, state)
         return state
 
 
@@ -153,19 +163,27 @@ class Tape:
             entry[0] = mx.contiguous(conv_input[:, num_rows:end])
             entry[1] = call.state_after(num_rows)
 
-    def replayed(self, num_rows: mx.array, one: slice) -> list[list[mx.array]]:
+    def replayed(
+        self,
+        num_rows: mx.array,
+        one: slice = slice(None),
+        numbers: Collection[int] | None = None,
+    ) -> list[list[mx.array]]:
         """States of every layer after the first rows of the pass.
 
         Args:
             num_rows (mx.array): How many rows each sequence keeps.
             one (slice): Of which sequences.
+            numbers (Collection[int], optional): No other number is in ``num_rows``.
+                Default: any may be.
         """
         found = []
         for conv_input, call in zip(self.conv_inputs, self._calls, strict=True):
             num_state_rows = conv_input.shape[1] - call.num_rows
             places = num_rows[:, None] + mx.arange(num_state_rows)
             conv = mx.take_along_axis(conv_input[one], places[..., None], axis=1)
-            found.append([conv, call.states_after(num_rows, one)])
+            possible = range(call.num_rows + 1) if numbers is None else set(numbers)
+            found.append([conv, call.states_after(num_rows, one, possible)])
         return found
 
     def _record(self, update: Any, args: Any, kwargs: Any) -> Any:

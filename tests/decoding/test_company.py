@@ -67,7 +67,7 @@ def states_that_are_of_the_row_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Tape,
         "replayed",
-        lambda self, num_rows, one: replayed(self, mx.maximum(num_rows - 1, 0), one),
+        lambda self, num_rows, *_, **__: replayed(self, mx.maximum(num_rows - 1, 0)),
     )
 
 

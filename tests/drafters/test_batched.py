@@ -14,7 +14,7 @@ from mlx_optiq_ext.drafters import Committed, Drafter, MTPDrafter
 from mlx_optiq_ext.mixins.qwen3_5 import attach_mtp
 from mlx_optiq_ext.rollback import Batch
 from tests.gemma import A4B, E4B, load_drafter, load_target
-from tests.helpers import load_tiny
+from tests.helpers import assert_same_cache, load_tiny
 
 NUM_TOKENS = 200  # that every model has
 
@@ -129,3 +129,24 @@ def feed(model: Any, tokens: list[list[int]], entries: list[Any]) -> mx.array:
 def padded(tokens: list[list[int]]) -> mx.array:
     width = max(map(len, tokens))
     return mx.array([[*row, *[0] * (width - len(row))] for row in tokens], mx.uint32)
+
+
+def test_what_was_put_off_is_seen_in_order_and_in_one_run() -> None:
+    model, drafter = make_mtp()
+    members = [Member(model, drafter, [1, 2, 3]) for _ in "ab"]
+    alone = Member(model, drafter, [1, 2, 3])
+    session = drafter.open_batch(Batch(model))
+    for each in members:
+        session.join(each.session)
+    chance = random.Random(2)
+    for num_rows in ([1, 1], [3, 1], [1, 1], [1, 1], [2, 2], [1, 1]):
+        tokens = [[chance.randrange(NUM_TOKENS) for _ in range(3)]] * 2
+        width = max(num_rows)
+        states = mx.random.normal((1, width, 64), key=mx.random.key(width))
+        rows = mx.array(tokens)[:, :width], mx.concatenate([states] * 2)
+        session.draft(Committed(*rows, num_rows), [0, 0], Drafts())
+        number = num_rows[0]
+        alone.draft(tokens[0][:number], states[:, :number], 0)
+    alone.session.catch_up()
+    found, expected = session.release(0).entries[0], alone.session.entries[0]
+    assert_same_cache([expected], [found])
