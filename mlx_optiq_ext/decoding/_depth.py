@@ -54,6 +54,14 @@ class Depth(Protocol):
         """Go on with another number of sequences, whose rounds take other times."""
         ...
 
+    def num_tokens(self, depth: int) -> float:
+        """Estimate the number of tokens that a round of a depth commits."""
+        ...
+
+    def seconds(self, depth: int) -> float | None:
+        """Estimate the seconds of a round of a depth; None if time does not matter."""
+        ...
+
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
@@ -75,6 +83,7 @@ class FixedDepth:
 
     def __init__(self, depth: int):
         self._depth = depth
+        self._rates = AcceptanceRates()
 
     def choose(self) -> int:
         return self._depth
@@ -82,10 +91,17 @@ class FixedDepth:
     def meet(self, times: RoundTimes) -> None:
         pass
 
+    def num_tokens(self, depth: int) -> float:
+        return self._rates.num_tokens(depth)
+
+    def seconds(self, depth: int) -> float | None:
+        return None
+
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
-        pass
+        for num_accepted in accepted:
+            self._rates.add(depth, num_accepted)
 
 
 class RoundTimes:
@@ -248,6 +264,13 @@ class AutoDepth:
         if times is not self._times:
             self._times = times
             self._probes = []
+
+    def num_tokens(self, depth: int) -> float:
+        return self._rates.num_tokens(depth)
+
+    def seconds(self, depth: int) -> float | None:
+        known = self._times.seconds()
+        return known[depth] if depth < len(known) else math.inf
 
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_latest_of_equally_long_occurrences_is_found() -> None:
 def test_a_text_that_has_not_repeated_has_no_match() -> None:
     assert NgramIndex(range(100)).match() is None
     assert NgramIndex().match() is None
-    assert NgramIndex([1, 2]).match() is None
+    assert NgramIndex([1, 1]).match() is None
 
 
 def test_a_copy_goes_on_beyond_the_end_of_a_text_that_repeats() -> None:
@@ -91,8 +92,45 @@ def test_pieces_are_indexed_as_the_whole_is() -> None:
         assert whole.match() == pieces.match()
 
 
-def test_an_index_knows_the_texts_that_it_begins() -> None:
-    index = NgramIndex([1, 2, 3])
-    assert index.holds([1, 2, 3, 4])
-    assert not index.holds([1, 2])
-    assert not index.holds([1, 2, 4, 4])
+def test_an_index_knows_how_far_another_text_is_the_same() -> None:
+    text = [position * 7 % 5000 for position in range(3000)]
+    index = NgramIndex(text)
+    assert index.common_length([*text, 1]) == 3000
+    assert index.common_length(text[:2000]) == 2000
+    assert index.common_length([*text[:1500], -1, *text[1501:]]) == 1500
+    assert index.common_length([]) == 0
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 5, 700, 1400, 1499])
+def test_a_text_that_was_cut_is_as_if_it_had_never_gone_on(num_kept: int) -> None:
+    draw = random.Random(num_kept)
+    text = [draw.randrange(6) for _ in range(1500)]
+    cut, other = NgramIndex(text), NgramIndex(text[:num_kept])
+    cut.cut(num_kept)
+    for _ in range(60):
+        assert cut.match() == other.match()
+        token = draw.randrange(6)
+        cut.extend([token])
+        other.extend([token])
+
+
+def test_a_copy_of_an_index_goes_its_own_way() -> None:
+    index = NgramIndex([1, 2, 3, 4, 1, 2])
+    other = copy.deepcopy(index)
+    other.extend([9])
+    assert (len(index), len(other)) == (6, 7)
+    assert index.match() == Match(2, 2)
+
+
+def test_a_frequent_run_does_not_hide_a_rare_one_behind_it() -> None:
+    rare = [7, 1, 2, 3, 4, 5, 6]
+    index = NgramIndex([*rare, 8, *[5, 6, 0] * 50, *rare])
+    assert index.match() == Match(7, 7)
+
+
+def test_a_token_takes_at_most_34_bytes_whatever_the_text() -> None:
+    for num_words in (3, 1 << 17):
+        draw = random.Random(0)
+        for num_tokens in (2000, 6145, 50_000, 98_305):
+            text = (draw.randrange(num_words) for _ in range(num_tokens))
+            assert NgramIndex(text).nbytes <= 34 * num_tokens
