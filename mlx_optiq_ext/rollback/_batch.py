@@ -26,6 +26,7 @@ from ._recurrence import (
     has_known_recurrence,
     prepare_recurrence,
 )
+from ._rows import LATENT_ATTENTION
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
 from ._transaction import check_entries
 
@@ -213,6 +214,11 @@ class Batch:
                 raise SpeculationError(
                     "Cannot speculate for several sequences in one pass: "
                     f"{type(module).__name__} of {name} needs one offset for all."
+                )
+            if LATENT_ATTENTION in module:
+                raise SpeculationError(
+                    "Cannot speculate for several sequences in one pass: the latent "
+                    f"attention of {name} computes several rows unlike one row."
                 )
 
     def _made(self, entry: Any) -> Any:

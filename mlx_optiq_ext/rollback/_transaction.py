@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 from .._errors import SpeculationError
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
+from ._rows import apart
 
 Forward = Callable[[list[Any], int], Any]
 
@@ -219,9 +220,9 @@ class Transaction:
         self._num_rows = self._num_kept = num_rows
         # A single row is kept or not, and needs no tape for either.
         if self._tape is None or num_rows == 1:
-            return self._forward(num_rows)
+            return self._run(num_rows)
         with self._tape.recording():
-            return self._forward(num_rows)
+            return self._run(num_rows)
 
     def keep(self, num_rows: int) -> None:
         """Roll back every row after the first ones.
@@ -244,8 +245,12 @@ class Transaction:
             self._tape.replay(entries, num_rows)
         else:
             self._keep(0)
-            self._forward(num_rows)
+            self._run(num_rows)
             self._keep(num_rows)
+
+    def _run(self, num_rows: int) -> Any:
+        with apart():
+            return self._forward(num_rows)
 
     def _keep(self, num_rows: int) -> None:
         for part in self._parts:
