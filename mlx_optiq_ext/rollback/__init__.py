@@ -1,8 +1,8 @@
 """Taking back what a forward pass did to a cache."""
 
+from ._apart import attend_apart, rows_are_apart, update_in_order
 from ._batch import Batch
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence, recorder
-from ._rows import attend_apart, rows_are_apart, update_in_order
 from ._sharing import own_rows, share_rows
 from ._transaction import Transaction, check_entries
 

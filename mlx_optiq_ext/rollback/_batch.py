@@ -20,13 +20,13 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._apart import LATENT_ATTENTION
 from ._recurrence import (
     NUM_ROW_INPUTS,
     Tape,
     has_known_recurrence,
     prepare_recurrence,
 )
-from ._rows import LATENT_ATTENTION
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
 from ._transaction import check_entries
 

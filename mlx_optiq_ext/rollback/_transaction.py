@@ -25,9 +25,9 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._apart import apart
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
-from ._rows import apart
 
 Forward = Callable[[list[Any], int], Any]
 
