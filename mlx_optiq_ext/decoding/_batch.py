@@ -45,7 +45,7 @@ class SpeculativeBatch:
 
     def __init__(self, model: nn.Module, drafter: Drafter):
         depth = AutoDepth(round_times(model, drafter))
-        planner = make_planner("auto", depth, model, drafter)
+        planner = make_planner(depth, model, drafter)
         self._loop = Loop(model, drafter, planner, CACHE_OPTIONS)
         self._errors: list[Exception] = []
 

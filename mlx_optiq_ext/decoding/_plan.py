@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.nn as nn
 
-from .._options import NumDraftTokens
 from .._record import record_of
 from ..drafters import Drafter
-from ._depth import MIN_GAIN, Depth, RoundTimes
+from ._depth import (
+    CONFIRMED,
+    MAX_AGE,
+    MIN_GAIN,
+    MIN_TIMES,
+    NUM_TIMES,
+    Depth,
+    RoundTimes,
+    quartile,
+)
 
 # Tokens to copy in a pass: with the one before them they are 2, 4, 8, 16 or 32 rows,
 # at which kernels change. The first stands for a pass without any.
 WIDTHS = (0, 1, 3, 7, 15, 31)
+# The share of a pass without copies that the first copy is expected to cost at least.
+MIN_STEP = 0.05
 
 Limit = Callable[[int], list[int]]
 Chances = Sequence[float]
@@ -40,24 +51,64 @@ class Plan(NamedTuple):
 
 
 class CopyTimes:
-    """The seconds that passes with copies take, by the index of their width."""
+    """The seconds that passes with copies take, by their width.
+
+    The first pass of a width is left out because it may have had to compile kernels. A
+    width that is not known is expected to cost as much more as the one before it did.
+
+    Invariant: what is believed of an unused width is tested again after ``MAX_AGE``
+    passes, and after more with every test that confirms it.
+    """
 
     def __init__(self) -> None:
-        self._times = RoundTimes()
+        self._times: list[deque[float]] = [deque(maxlen=NUM_TIMES) for _ in WIDTHS]
+        self._num_passes = 0
+        self._last_pass: list[int | None] = [None] * len(WIDTHS)
+        self._patience = [MAX_AGE] * len(WIDTHS)
 
     def add(self, width: int, seconds: float | None) -> None:
         """Add the time of a pass, None if it did something else as well."""
-        if width in WIDTHS:
-            self._times.add(WIDTHS.index(width), seconds)
+        self._num_passes += 1
+        if width not in WIDTHS:
+            return
+        index = WIDTHS.index(width)
+        last, self._last_pass[index] = self._last_pass[index], self._num_passes
+        if last is None or seconds is None:
+            return
+        if self._num_passes - last > self._patience[index]:
+            self._patience[index] *= CONFIRMED
+            self._times[index] = deque([seconds] * (MIN_TIMES - 1), NUM_TIMES)
+        self._times[index].append(seconds)
 
-    def seconds(self, width: int) -> float:
-        """Estimate the time of a pass; infinite where nothing comparable is known."""
+    def seconds(self, width: int, bounds: Callable[[int], float]) -> float:
+        """Estimate the time of a pass; infinite where nothing comparable is known.
+
+        Args:
+            width (int): Tokens to copy.
+            bounds (Callable): What at most a pass of a width takes, as far as is known.
+        """
         index = next(i for i, each in enumerate(WIDTHS) if each >= width)
-        known = self._times.seconds()
-        if self._times.is_due(index) and known:
-            # What was believed long ago is put to the test.
-            return known[min(index - 1, len(known) - 1)]
-        return known[index] if index < len(known) else math.inf
+        found = self._seconds(index, bounds)
+        return min(found, bounds(width))
+
+    def _seconds(self, index: int, bounds: Callable[[int], float]) -> float:
+        if len(self._times[index]) >= MIN_TIMES:
+            is_due = self._num_passes - (self._last_pass[index] or 0)
+            if index == 0 or is_due <= self._patience[index]:
+                return quartile(self._times[index])
+        if (bound := bounds(WIDTHS[index])) < math.inf or index == 0:
+            return bound
+        return self._next(index, bounds)
+
+    def _next(self, index: int, bounds: Callable[[int], float]) -> float:
+        """What a width is expected to take by those before it."""
+        known = [
+            quartile(times) if len(times) >= MIN_TIMES else bounds(width)
+            for width, times in zip(WIDTHS[:index], self._times, strict=False)
+        ]
+        least = known[0] * (1 + MIN_STEP)
+        step = known[-1] - known[-2] if index > 1 else 0.0
+        return max(known[-1] + step, known[-1], least)
 
 
 class Planner:
@@ -67,20 +118,12 @@ class Planner:
         depth (Depth): Decides how many tokens the drafter computes.
         drafter (Drafter): What computes them, if anything.
         times (CopyTimes): What passes with copies took.
-        num_draft_tokens (int or str): How many tokens to copy, or ``"auto"``.
     """
 
-    def __init__(
-        self,
-        depth: Depth,
-        drafter: Drafter,
-        times: CopyTimes,
-        num_draft_tokens: NumDraftTokens,
-    ):
+    def __init__(self, depth: Depth, drafter: Drafter, times: CopyTimes):
         self._depth = depth
         self._computes_drafts = drafter.computes_drafts
         self._times = times
-        self._num_draft_tokens = num_draft_tokens
 
     def choose(self) -> int:
         """The number of tokens that the drafter should compute."""
@@ -101,15 +144,16 @@ class Planner:
             chances (Sequence): For each sequence, how probable each token that can be
                 copied is to be right, given those before it.
         """
-        nothing, plan = [0] * len(chances), self._plan_without(wanted, limit, chances)
+        plan = self._plan_without(wanted, limit, chances)
         if not any(chances):
             return plan
-        others = [self._mixed(plan, limit, chances)] if any(plan.num_drafted) else []
-        others += [
-            Plan(nothing, _at_most(limit(width), chances)) for width in self._widths()
-        ]
+        if any(plan.num_drafted):
+            plan = self._mixed(plan, limit, chances)
         speed = self._speed(plan, chances)
-        for other in others:
+        # Where times are not known, as they are not where a fixed number is asked for,
+        # nothing is compared by them.
+        for width in WIDTHS[1:] if speed else ():
+            other = Plan([0] * len(chances), _at_most(limit(width), chances))
             found = self._speed(other, chances)
             if found > speed * (1 + MIN_GAIN):
                 plan, speed = other, found
@@ -145,11 +189,6 @@ class Planner:
         if self._computes_drafts and accepted:
             self._depth.observe(depth, accepted, seconds, is_typical)
 
-    def _widths(self) -> Sequence[int]:
-        if self._num_draft_tokens == "auto":
-            return WIDTHS[1:]
-        return [self._num_draft_tokens]
-
     def _plan_without(
         self, wanted: int, limit: Limit, chances: Sequence[Chances]
     ) -> Plan:
@@ -161,7 +200,10 @@ class Planner:
         return Plan(nothing, _at_most(limit(0), chances))
 
     def _mixed(self, plan: Plan, limit: Limit, chances: Sequence[Chances]) -> Plan:
-        """Copies for the sequences where they are better than what is drafted."""
+        """Copies for the sequences where they are better than what is drafted.
+
+        The pass takes no longer for that, so only tokens are compared.
+        """
         drafted, copied = list(plan.num_drafted), list(plan.num_copied)
         numbers = _at_most(limit(max(drafted)), chances)
         for index, (number, each) in enumerate(zip(numbers, chances, strict=True)):
@@ -171,25 +213,19 @@ class Planner:
         return Plan(drafted, copied)
 
     def _speed(self, plan: Plan, chances: Sequence[Chances]) -> float:
-        """The expected tokens of a pass, divided by its seconds where these matter."""
-        drafted, copied = plan
+        """The expected tokens a second; 0 where the time of a pass is not known."""
         num_tokens = 0.0
-        for depth, number, each in zip(drafted, copied, chances, strict=True):
+        for depth, number, each in zip(*plan, chances, strict=True):
             expected = self._depth.num_tokens(depth) if depth else 1.0
             num_tokens += _num_tokens(each[:number]) if number else expected
-        if self._num_draft_tokens != "auto":
-            return num_tokens
-        if any(drafted) or not any(copied):
-            seconds = self._seconds_drafted(max(drafted))
-        else:
-            seconds = self._times.seconds(max(copied))
-        return num_tokens / seconds
+        if any(plan.num_drafted):
+            return num_tokens / self._seconds_drafted(max(plan.num_drafted))
+        width = max(plan.num_copied)
+        return num_tokens / self._times.seconds(width, self._seconds_drafted)
 
     def _seconds_drafted(self, depth: int) -> float:
-        if not self._computes_drafts:
-            return self._times.seconds(0)
-        seconds = self._depth.seconds(depth)
-        return math.inf if seconds is None else seconds
+        """What a pass takes whose drafts are computed; copies take at most that."""
+        return self._depth.seconds(depth) if self._computes_drafts else math.inf
 
 
 def _at_most(limits: Sequence[int], chances: Sequence[Chances]) -> list[int]:
@@ -201,18 +237,15 @@ def _num_tokens(chances: Chances) -> float:
     return 1 + sum(itertools.accumulate(chances, lambda a, b: a * b))
 
 
-def make_planner(
-    num_draft_tokens: NumDraftTokens, depth: Depth, model: nn.Module, drafter: Drafter
-) -> Planner:
+def make_planner(depth: Depth, model: nn.Module, drafter: Drafter) -> Planner:
     """Make the planner of a generation.
 
     Args:
-        num_draft_tokens (int or str): A number of tokens from 1 to 8, or ``"auto"``.
         depth (Depth): Decides how many tokens the drafter computes.
         model (nn.Module): The target.
         drafter (Drafter): What drafts for the target.
     """
-    return Planner(depth, drafter, copy_times(model, drafter), num_draft_tokens)
+    return Planner(depth, drafter, copy_times(model, drafter))
 
 
 def copy_times(model: nn.Module, drafter: Drafter, num_sequences: int = 1) -> CopyTimes:

@@ -98,7 +98,7 @@ def spec_generate_step(
         verifier = Verifier(sampler, logits_processors, is_timed, seed)
         sequence = Sequence(0, [], verifier, max_tokens, sequence_options)
         depth = make_depth(num_draft_tokens, model, drafter)
-        planner = make_planner(num_draft_tokens, depth, model, drafter)
+        planner = make_planner(depth, model, drafter)
         generation = Generation(
             Prompt(sequence, model, drafter, prompt_cache, options),
             Loop(model, drafter, planner, options),

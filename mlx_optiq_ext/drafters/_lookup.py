@@ -18,13 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ._ngram_index import MAX_MATCH, Match, NgramIndex
+from ._ngram_index import MAX_MATCH, MIN_MATCH, Match, NgramIndex
 from ._protocol import Drafter, DraftSession, Proposal
 
 COPIES = "prompt_lookup"  # where a token came from
 # The next token after a match of the shortest length is assumed to have been the copied
-# one at this rate in so many cases.
-PRIOR_RATE, PRIOR_WEIGHT = 0.4, 2.0
+# one at this rate in so many cases. With every token that a match is longer, so much of
+# the failures are assumed to go.
+PRIOR_RATE, PRIOR_WEIGHT, PRIOR_GAIN = 0.35, 2.0, 0.15
 # The weight of what is known of a length shrinks by this factor with every new case.
 MEMORY = 0.98
 # While a match of so many tokens goes on, no other one is looked for.
@@ -54,11 +55,13 @@ class MatchRates:
             length (int): That of the match.
             num_tokens (int): Tokens to copy.
         """
-        rates, rate = [], PRIOR_RATE
+        rates, rate = [PRIOR_RATE] * MIN_MATCH, PRIOR_RATE
         # A length of which little is known is assumed to be like the one before it.
-        for tried, right in zip(self._tried, self._right, strict=True):
+        known = zip(self._tried[MIN_MATCH:], self._right[MIN_MATCH:], strict=True)
+        for tried, right in known:
             rate = (right + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
             rates.append(rate)
+            rate += PRIOR_GAIN * (1 - rate)
         lengths = range(length, length + num_tokens)
         return [rates[min(length, MAX_MATCH)] for length in lengths]
 
