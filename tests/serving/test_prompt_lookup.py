@@ -65,7 +65,7 @@ def test_a_reply_is_that_of_a_plain_server(
     assert accepted["prompt_lookup"] > 0
     assert drafted.keys() <= server.sources
     assert sum(drafted.values()) == reply["timings"]["draft_n"]
-    pieces = reply["choices"][0]["token_sources"]
+    pieces = reply["token_sources"]
     sources = [piece["source"] for piece in pieces]
     assert sources.count("prompt_lookup") == accepted["prompt_lookup"]
 
