@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._apart import LATENT_ATTENTION
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
 from ._sequences import (
     BatchKV,
@@ -139,11 +140,9 @@ class Batch:
             self._unlearned.append((self._num_passes, self._num_rows))
         for entry in self._attended:
             entry.keep(array, is_all)
-        if self._states and not is_all:
-            numbers = set(num_rows) if is_known else None
-            states = self._recorded().replayed(array, numbers=numbers)
-            for entry, replayed in zip(self._states, states, strict=True):
-                entry.cache = replayed
+        if self._states:
+            known = set(num_rows) if is_known else None
+            self._keep_states(array, is_all, known)
 
     def learn(self, num_rows: Sequence[int]) -> None:
         """Tell the host what an array told ``keep``, of the oldest such call.
@@ -223,6 +222,11 @@ class Batch:
                     "Cannot speculate for several sequences in one pass: "
                     f"{type(module).__name__} of {name} needs one offset for all."
                 )
+            if LATENT_ATTENTION in module:
+                raise SpeculationError(
+                    "Cannot speculate for several sequences in one pass: the latent "
+                    f"attention of {name} computes several rows unlike one row."
+                )
 
     def _made(self, entry: Any) -> Any:
         """An empty entry for sequences with entries like this."""
@@ -258,6 +262,18 @@ class Batch:
         if isinstance(entry, BatchStates):
             return next(states)
         return entry.extract(index, num_tokens, num_kept)
+
+    def _keep_states(
+        self, num_rows: mx.array, is_all: bool, numbers: set[int] | None
+    ) -> None:
+        if self._tape is not None and self._tape.rows:
+            index = num_rows.astype(mx.int32)
+            for entry, rows in zip(self._states, self._recorded().rows, strict=True):
+                entry.held = rows.keeping(index)
+        elif not is_all:
+            states = self._recorded().replayed(num_rows, numbers=numbers)
+            for entry, replayed in zip(self._states, states, strict=True):
+                entry.cache = replayed
 
     def _recorded(self) -> Tape:
         """The tape of the last pass."""

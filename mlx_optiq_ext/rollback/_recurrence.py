@@ -4,7 +4,8 @@ A verify pass leaves a recurrent layer with the state after its last row. On Met
 where mlx-lm has a kernel for all rows, the state after an earlier row is found by
 running the recurrence again on fewer rows, which costs a fraction of a layer. Elsewhere
 mlx-lm computes one row after the other, and the state after each is kept instead. Both
-are bit-identical to never having run the rest.
+are bit-identical to never having run the rest. Where a kernel of ours runs, it writes
+the state after every row.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
+
+from ._rows import RowStates, can_keep_rows, keep_rows_in, keeper
 
 NUM_ROW_INPUTS = 5  # q, k, v, a, b of gated_delta_update have a row for each token
 STATE_POSITION = 7  # of its arguments
@@ -122,20 +125,31 @@ def make_call(update: Any, args: Any, kwargs: Any) -> Call:
 
 
 class Tape:
-    """The inputs of one model's recurrent layers during one forward pass."""
+    """The inputs of one model's recurrent layers during one forward pass.
+
+    Or, where the kernel runs, the states that the layers keep: ``rows``.
+    """
 
     def __init__(self) -> None:
         self.conv_inputs: list[mx.array] = []
+        self.rows: list[RowStates] = []
         self._calls: list[Call] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         tokens = _active.set(self), recorder.set(self._record)
+        keeping = keeper.set(self.rows.append)
         try:
             yield
         finally:
             _active.reset(tokens[0])
             recorder.reset(tokens[1])
+            keeper.reset(keeping)
+
+    @property
+    def is_needed_for_one_row(self) -> bool:
+        """Whether a pass of one row, which is kept or not, is faster with the tape."""
+        return can_keep_rows()
 
     def has_all(self, num_layers: int) -> bool:
         """Tell whether every layer was recorded.
@@ -145,7 +159,8 @@ class Tape:
         Args:
             num_layers (int): The number of recurrent layers of the model.
         """
-        return len(self.conv_inputs) == len(self._calls) == num_layers
+        is_replayable = len(self.conv_inputs) == len(self._calls) == num_layers
+        return is_replayable or len(self.rows) == num_layers
 
     def replay(self, entries: Sequence[ArraysCache], num_rows: int) -> None:
         """Set the recurrent states to those after the first rows of the pass.
@@ -155,6 +170,10 @@ class Tape:
               order, with the states from before the pass.
             num_rows (int): How many rows to keep, at least 1.
         """
+        if self.rows:
+            for entry, kept in zip(entries, self.rows, strict=True):
+                entry.cache = kept.after(num_rows)
+            return
         recorded = zip(entries, self.conv_inputs, self._calls, strict=True)
         for entry, conv_input, call in recorded:
             # The input of the convolution is its state followed by the new rows.
@@ -177,6 +196,8 @@ class Tape:
             numbers (Collection[int], optional): No other number is in ``num_rows``.
                 Default: any may be.
         """
+        if self.rows:
+            return [rows.taken(one, num_rows) for rows in self.rows]
         found = []
         for conv_input, call in zip(self.conv_inputs, self._calls, strict=True):
             num_state_rows = conv_input.shape[1] - call.num_rows
@@ -202,7 +223,7 @@ def has_known_recurrence(model: nn.Module) -> bool:
 
 
 def prepare_recurrence(model: nn.Module) -> None:
-    """Let the convolutions of a known recurrence show their input to a tape.
+    """Let the layers of a known recurrence show a tape what they do.
 
     Nothing else about the model changes.
 
@@ -212,6 +233,7 @@ def prepare_recurrence(model: nn.Module) -> None:
     for mixer in _mixers(model):
         if type(mixer.conv1d) is nn.Conv1d:
             mixer.conv1d.__class__ = TapedConv1d
+        keep_rows_in(mixer)
 
 
 def _mixers(model: nn.Module) -> list[nn.Module]:
