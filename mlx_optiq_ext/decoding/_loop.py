@@ -145,11 +145,13 @@ class Loop:
         committed = self._accept(turn)
         self._roll_back(committed)
         committed = self._admit(turn, committed)
-        num_draft_tokens = self._choose(committed)
+        num_wanted = self._choose(committed)
+        num_draft_tokens = self._lengthen(num_wanted, turn)
         if any(num_draft_tokens):
             self._collect(turn)
-        proposals = self._draft(committed, num_draft_tokens)
-        self._verify(turn, committed, proposals, num_draft_tokens)
+        proposals = self._draft(committed, num_wanted)
+        proposals.settle(num_draft_tokens)
+        self._verify(turn, committed, proposals)
         self._collect(turn)
         self._timer.pause()
         return turn
@@ -188,7 +190,7 @@ class Loop:
         for sequence, num_drafted in turn.num_drafted:
             sequence.options.stats.add_round(num_drafted)
         current = turn.current
-        if seconds is None or current is None:
+        if seconds is None or current is None or current.is_lengthened:
             return
         depths = {number for _, number in turn.num_drafted if number >= 0}
         is_typical = len(depths) == 1 and (
@@ -241,11 +243,22 @@ class Loop:
         self._num_draft_tokens_wanted = wanted if self._catches_up else 0
         return nothing if self._catches_up else chosen
 
+    def _lengthen(self, num_draft_tokens: list[int], turn: Turn) -> list[int]:
+        """Draft more tokens for a sequence where it is certain what comes.
+
+        Several sequences share a pass, in which the others would pay for its rows.
+        """
+        if len(self._riding) != 1:
+            return num_draft_tokens
+        (sequence,), (number,) = self._riding, num_draft_tokens
+        certain = sequence.num_certain(turn.is_collected, self._caches.max_rows(0))
+        return [max(number, certain)]
+
     def _draft(
         self, committed: Committed, num_draft_tokens: list[int]
     ) -> BatchProposals:
         """Show the drafter what was emitted, and let it propose what may follow."""
-        proposals = BatchProposals(self._riding, self._vocab_size)
+        proposals = BatchProposals(self._riding, self._vocab_size, num_draft_tokens)
         self._session.draft(committed, num_draft_tokens, proposals)
         if self._catches_up:
             self._session.catch_up()
@@ -256,13 +269,11 @@ class Loop:
         turn: Turn,
         committed: Committed,
         proposals: BatchProposals,
-        num_draft_tokens: list[int],
     ) -> None:
         """Start the pass over the last token of each sequence and its draft tokens."""
-        tokens = committed.last
+        tokens, num_draft_tokens = committed.last, proposals.num_draft_tokens
         if any(num_draft_tokens):
-            drafts = proposals.matrix(num_draft_tokens)
-            tokens = mx.concatenate([tokens, drafts], axis=1)
+            tokens = mx.concatenate([tokens, proposals.matrix()], axis=1)
         # What is drafted can be computed while the pass is built.
         mx.async_eval(tokens)
         output = self._caches.run(tokens, [1 + number for number in num_draft_tokens])
@@ -270,6 +281,11 @@ class Loop:
         self._ahead = Pass(
             self._riding, proposals, output, not turn.is_collected, does_more
         )
+        constrained = [x for x in self._riding if x.verifier.has_constraint]
+        if constrained and not turn.is_collected:
+            # What may come depends on the last token, which is read during the pass.
+            mx.async_eval(output.logits)
+            self._collect(turn)
         self._ahead.dispatch()
 
     def _admit(self, turn: Turn, committed: Committed) -> Committed:

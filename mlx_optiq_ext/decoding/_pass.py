@@ -8,6 +8,7 @@ from collections.abc import Sequence as Numbers
 import mlx.core as mx
 
 from ..drafters import Committed
+from ..grammars import masked
 from ._acceptance import normalized
 from ._rows import Proposal, Row, num_accepted_of
 from ._sequence import Sequence
@@ -20,13 +21,19 @@ class BatchProposals:
     Args:
         sequences (Sequence[Sequence]): Whose rules the drafts follow.
         vocab_size (int): That of the target.
+        num_wanted (Sequence[int]): How many tokens are to be drafted for each.
     """
 
-    def __init__(self, sequences: Iterable[Sequence], vocab_size: int):
+    def __init__(
+        self, sequences: Iterable[Sequence], vocab_size: int, num_wanted: Numbers[int]
+    ):
         self.each: list[Proposal] = [
-            Proposal(each.verifier, each.history, each.num_accepted, vocab_size)
-            for each in sequences
+            Proposal(each.verifier, each.history, each.num_accepted, vocab_size, number)
+            for each, number in zip(sequences, num_wanted, strict=True)
         ]
+        self._num_wanted = num_wanted
+        # Whether more were added, because they are certain, than were wanted.
+        self.is_lengthened = False
         self._vocab_size = vocab_size
         self._are_plain = all(each.verifier.is_plain for each in sequences)
         self._latest: mx.array | None = None
@@ -39,7 +46,9 @@ class BatchProposals:
     def add(self, logits: mx.array) -> None:
         if self._are_plain:
             # One operation for all sequences, of which each then has its own token.
-            tokens = mx.argmax(logits[:, : self._vocab_size], axis=-1)
+            logits = logits[:, : self._vocab_size]
+            logits = masked(logits, [proposal.mask(logits) for proposal in self.each])
+            tokens = mx.argmax(logits, axis=-1)
             for index, proposal in enumerate(self.each):
                 proposal.append(tokens[index : index + 1])
             self._latest = tokens[:, None]
@@ -48,14 +57,24 @@ class BatchProposals:
             proposal.add(logits[index : index + 1])
         self._latest = mx.stack([proposal.tokens[-1] for proposal in self.each])
 
-    def matrix(self, num_draft_tokens: Numbers[int]) -> mx.array:
+    @property
+    def num_draft_tokens(self) -> list[int]:
+        return [len(proposal.drafts) for proposal in self.each]
+
+    def settle(self, num_draft_tokens: Numbers[int]) -> None:
+        """Have so many draft tokens, as far as those not drafted are certain."""
+        numbers = zip(self._num_wanted, num_draft_tokens, strict=True)
+        for proposal, (wanted, number) in zip(self.each, numbers, strict=True):
+            proposal.settle(wanted, number)
+            self.is_lengthened |= len(proposal.drafts) > wanted
+
+    def matrix(self) -> mx.array:
         """Draft tokens ``[num_sequences, max(num_draft_tokens)]``; padded with 0."""
-        width, blank = max(num_draft_tokens), mx.zeros(1, mx.uint32)
+        width, blank = max(self.num_draft_tokens), mx.zeros(1, mx.uint32)
         rows = []
-        for proposal, number in zip(self.each, num_draft_tokens, strict=True):
-            del proposal.drafts[number:]
+        for proposal in self.each:
             tokens = [token.astype(mx.uint32) for token in proposal.tokens]
-            rows.append(mx.concatenate([*tokens, *[blank] * (width - number)]))
+            rows.append(mx.concatenate([*tokens, *[blank] * (width - len(tokens))]))
         return mx.stack(rows)
 
 
@@ -84,7 +103,8 @@ class Pass:
         does_more: bool,
     ):
         self.sequences = sequences
-        self.num_drafted = [len(proposal.drafts) for proposal in proposals.each]
+        self.num_drafted = proposals.num_draft_tokens
+        self.is_lengthened = proposals.is_lengthened
         self.is_early = is_early
         self.does_more = does_more
         self.is_collected = False
@@ -108,7 +128,8 @@ class Pass:
             # Nobody asks for a token after the last: no logits are computed.
             mx.async_eval(self.output.first)
             return
-        logits = self.output.logits
+        self._logits = logits = self._constrained(self.output.logits, read)
+        read = [i for i in read if i not in self.errors]
         plain = [i for i in read if self.sequences[i].verifier.is_plain]
         if plain:
             self._judge_plain(logits, plain)
@@ -153,6 +174,23 @@ class Pass:
         for index in self._must_walk:
             self._walk(index)
         self.is_collected = True
+
+    def _constrained(self, logits: mx.array, read: list[int]) -> mx.array:
+        """Forbid what may not come, in all rows at once."""
+        if all(self._proposals[index].lookahead is None for index in read):
+            return logits
+        # The pass is under way while the host works out the masks.
+        mx.async_eval(logits)
+        masks: list[bytes | None] = []
+        for index, proposal in enumerate(self._proposals):
+            rows: list[bytes | None] = []
+            if index in read:
+                try:
+                    rows = proposal.masks()
+                except Exception as error:
+                    self.errors[index] = error
+            masks += [*rows, *[None] * (logits.shape[1] - len(rows))]
+        return masked(logits, masks)
 
     def _take(self, index: int, tokens: list[int]) -> None:
         if self.num_drafted[index]:
@@ -199,7 +237,7 @@ class Pass:
     def _walk(self, index: int) -> None:
         """Judge row after row, none before its draft token is known to be accepted."""
         number, verifier = self.num_drafted[index], self.sequences[index].verifier
-        own = self.output.logits[index : index + 1, : number + 1]
+        own = self._logits[index : index + 1, : number + 1]
         try:
             for row in verifier.rows(own, self._proposals[index]):
                 token, is_accepted = mx.concatenate(
