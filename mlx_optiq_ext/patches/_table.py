@@ -49,7 +49,6 @@ def _server() -> tuple[Patch, ...]:
         "_make_logits_processors": ("logits_processors", ("args",)),
         "ModelProvider.load": ("load", ("model_path",)),
         "ModelProvider.load_default": ("load_default", ()),
-        "scan_cache_dir": ("scan_cache_dir", ()),
         "main": ("main", ()),
     }
     return tuple(

@@ -17,7 +17,7 @@ from ._errors import bad_request, context_overflow, is_template_error
 from ._images import reading_images
 from ._reading import ReplyFormat
 from ._request import Request
-from ._sampling import recommend
+from ._sampling import drop_idle_top_k, recommend
 from ._speculation import check_draft_tokens, speculation_of
 
 Tokenized = tuple[Any, ...]
@@ -62,7 +62,8 @@ def make_prompt(
           than its context.
     """
     _check_request(provider, tokenizer, request)
-    recommend(arguments, provider.model, len(tokenizer))
+    recommend(arguments, provider.model)
+    drop_idle_top_k(arguments, request.body, len(tokenizer))
     prompt, segments, kinds, state, *rest = _begin_reply(
         tokenizer, request, _tokenize(tokenize, tokenizer, request, arguments)
     )
