@@ -86,7 +86,8 @@ class Constrained:
     """
 
     def __init__(self, processor: Any):
-        self.constraint: Constraint = unguarded(processor).constraint
+        inner: Any = unguarded(processor)
+        self.constraint: Constraint = inner.constraint
         self.error: Exception | None = None
         self._report = getattr(processor, "report", None)
 

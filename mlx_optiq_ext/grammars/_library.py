@@ -5,22 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+NAME = "llguidance"
 MISSING = (
-    "Structured output needs llguidance, which is not installed: "
+    "Structured output and thinking budgets need llguidance, which is not installed: "
     "pip install 'mlx-optiq-ext[structured]'"
 )
 
 
-def library(name: str = "llguidance") -> Any:
+def library(module: str = NAME) -> Any:
     """Import llguidance, or one of its modules.
 
     Args:
-        name (str): The name of the module.
+        module (str): The name of the module.
 
     Raises:
-        ImportError: If it is not installed, with the extra that brings it.
+        ImportError: If it is not installed; the message names the extra, and ``name``
+          is that of the library.
     """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(MISSING, name=NAME) from error

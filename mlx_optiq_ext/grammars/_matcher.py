@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._errors import GrammarError
+from .._errors import GrammarError
 from ._library import library
 from ._vocabulary import Vocabulary
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._errors import not_allowed
 from ._masks import masked
-from ._protocol import Constraint
+from ._protocol import Constraint, not_allowed
 
 TOKEN_SIZE = 4  # bytes of a token in an array
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from .._errors import GrammarError
+
 
 class Constraint(Protocol):
     """Says which tokens may come next in one reply, and can take tokens back.
@@ -39,3 +41,12 @@ class Constraint(Protocol):
     def is_idle(self, num_tokens: int) -> bool:
         """Whether all tokens may come next, now and after any so many tokens."""
         ...
+
+
+def not_allowed(token: int) -> GrammarError:
+    """The error of a sampler that drew what may not come.
+
+    Args:
+        token (int): What it drew.
+    """
+    return GrammarError(f"token {token} was drawn, which the grammar does not allow")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .._errors import GrammarError
 from ._constraint import ReplyConstraint, Rules
 from ._matcher import Grammar
+from ._schemas import place_of_error
 from ._sources import Source, together
 from ._vocabulary import Vocabulary
+
+# The end of a prompt is that of the template if it is within so many tokens.
+TAIL = 11
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,7 @@ class ReplyRules:
     def __init__(self, shape: Shape, tokenizer: Any):
         vocabulary = Vocabulary.of(tokenizer)
         answer = shape.answer
-        grammar = None
-        if answer is not None:
-            named = answer.named("answer")
-            grammar = Grammar(together("start: @answer", [named]), vocabulary)
+        grammar = None if answer is None else compiled(answer, vocabulary)
         self.tokenizer = tokenizer
         self._rules = Rules(
             vocabulary,
@@ -54,6 +57,25 @@ class ReplyRules:
             separator=_single_tokens(tokenizer, "\n", "\n\n"),
         )
 
+    def begin_after(self, prompt: str | Sequence[int]) -> ReplyConstraint:
+        """Start on the reply to a prompt, which may leave a thought open.
+
+        Args:
+            prompt (str or Sequence[int]): The prompt, or its tokens.
+        """
+        tokenizer = self.tokenizer
+        if not tokenizer.has_thinking:
+            return self.begin()
+        if isinstance(prompt, str):
+            prompt = tokenizer.encode(prompt, add_special_tokens=False)
+        tokens = list(prompt)
+        start, end = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(
+            tokens
+        )
+        # A template that leaves out the thought closes one at the end of the prompt.
+        has_thought = end >= 0 and end >= len(tokens) - TAIL
+        return self.begin(in_thought=start > end, may_think=not has_thought)
+
     def begin(
         self, *, in_thought: bool = False, may_think: bool = False
     ) -> ReplyConstraint:
@@ -63,9 +85,33 @@ class ReplyRules:
             in_thought (bool): Whether it begins within a thought.
             may_think (bool): Whether it may begin with one.
         """
-        return ReplyConstraint(
-            self._rules, in_thought=in_thought, may_think=may_think
-        )
+        return ReplyConstraint(self._rules, in_thought=in_thought, may_think=may_think)
+
+
+def compiled(source: Source, vocabulary: Vocabulary) -> Grammar:
+    """Compile what a user wrote.
+
+    Raises:
+        GrammarError: If it is malformed, not supported or too complex.
+    """
+
+    def compile_it(source: Source) -> Grammar:
+        return Grammar(together("start: @answer", [source.named("answer")]), vocabulary)
+
+    def error_of(schema: Any) -> str:
+        try:
+            compile_it(replace(source, content=schema))
+        except GrammarError as error:
+            return error.reason
+        return ""
+
+    try:
+        return compile_it(source)
+    except GrammarError as error:
+        if source.kind != "json_schema" or not isinstance(source.content, dict):
+            raise
+        path = place_of_error(source.content, error_of)
+        raise GrammarError(error.reason, path) from error
 
 
 def _single_tokens(tokenizer: Any, *texts: str) -> tuple[int, ...]:

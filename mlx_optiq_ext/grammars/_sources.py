@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ._errors import GrammarError
+from .._errors import GrammarError
 from ._library import library
 
 MAX_SIZE = 1 << 20  # characters of a grammar
@@ -74,9 +74,10 @@ def styled(schema: Any, is_strict: bool) -> Any:
     if not isinstance(schema, dict | bool):
         raise GrammarError(f"expected an object, got {schema!r:.80}")
     try:
-        check_size(json.dumps(schema))
+        text = json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is no JSON: {error}") from error
+    check_size(text)
     if schema is False:
         raise GrammarError("no value satisfies the schema false")
     if schema is True:

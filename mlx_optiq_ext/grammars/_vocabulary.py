@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ._errors import GrammarError
+from .._errors import GrammarError
 from ._library import library
 
 _lock = Lock()
