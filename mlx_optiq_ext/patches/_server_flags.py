@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
+from .. import _interrupts
 from .._options import AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
@@ -27,9 +27,8 @@ REMOTE_IMAGES_HELP = (
     "Fetch images that requests name by http(s) URLs, from public addresses only. "
     "Without this flag images have to be data: URLs"
 )
-INTERRUPTED_STATUS = 128 + signal.SIGINT  # as a shell reports it
 EXIT_STATUS = (
-    f"Exit status: {INTERRUPTED_STATUS} after Ctrl-C, 1 if the model cannot be loaded "
+    f"Exit status: {_interrupts.STATUS} after Ctrl-C, 1 if the model cannot be loaded "
     "or the address cannot be listened at, 2 for wrong arguments."
 )
 

@@ -32,6 +32,8 @@ from ..rollback import own_rows, share_rows
 
 Key = array  # of int64
 
+NO_LIMIT = 1 << 63  # bytes
+
 
 @dataclass(eq=False)
 class _Kept:
@@ -92,13 +94,20 @@ class PromptCache:
         self._clock = itertools.count(1)
 
     @classmethod
-    def of(cls, cli_args: Any) -> PromptCache:
-        """With the limits that were asked for on the command line."""
+    def of(cls, cli_args: Any, *, is_distributed: bool = False) -> PromptCache:
+        """With the limits that were asked for on the command line.
+
+        Args:
+            cli_args (Namespace): Of the server.
+            is_distributed (bool): Whether processes share the model. They have to keep
+                the same prompts, so how much memory each has left must not count.
+        """
         size = getattr(cli_args, "prompt_cache_size", None)
-        return cls(
-            size if getattr(cli_args, "is_prompt_cache_size_given", True) else None,
-            getattr(cli_args, "prompt_cache_bytes", None),
-        )
+        max_bytes = getattr(cli_args, "prompt_cache_bytes", None)
+        if is_distributed:
+            return cls(size, NO_LIMIT if max_bytes is None else max_bytes)
+        is_size_given = getattr(cli_args, "is_prompt_cache_size_given", True)
+        return cls(size if is_size_given else None, max_bytes)
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -6,8 +6,6 @@ import http.client
 import json
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,6 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
 from tests.helpers import DEMO
+from tests.processes import run_command
 
 from .conftest import START, ServerProcess, Starter, free_port
 
@@ -497,14 +496,8 @@ def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_in_vain(*flags: str) -> tuple[int, str]:
     """Exit status and output of a server that does not start."""
-    arguments = ["--port", str(free_port()), *flags]
-    process = subprocess.run(
-        [sys.executable, "-c", START, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return process.returncode, process.stdout + process.stderr
+    result = run_command("server", "--port", free_port(), *flags)
+    return result.code, result.output + result.error
 
 
 def test_a_model_without_a_head_fails_at_start(headless: Path) -> None:
