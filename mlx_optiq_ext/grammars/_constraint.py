@@ -17,6 +17,8 @@ from ._vocabulary import Vocabulary, either
 
 Tokens = tuple[int, ...]
 
+MAX_BREAKS = 2  # of the line between a thought and the answer
+
 
 class Phase(Enum):
     """The part of a reply that the next token belongs to."""
@@ -42,8 +44,8 @@ class Rules:
         think_start (tuple[int, ...]): The marker before a thought, empty if the model
             marks none.
         think_end (tuple[int, ...]): The marker behind it.
-        separator (tuple[int, ...]): Tokens with which models set an answer apart from
-            the thought before it; one of them may come.
+        separator (tuple[int, ...]): The tokens of one line break and of two, with which
+            models set an answer apart from the thought before it.
         call_start (tuple[int, ...]): The marker before a call.
     """
 
@@ -67,6 +69,7 @@ class State:
         num_thinking (int): Tokens of the thought so far.
         recent (tuple[int, ...]): The last tokens, as many as a marker may have.
         extra (tuple[int, ...]): What may come in an opening besides the answer.
+        num_breaks (int): Line breaks that came since the thought.
     """
 
     phase: Phase
@@ -74,6 +77,7 @@ class State:
     num_thinking: int = 0
     recent: Tokens = ()
     extra: Tokens = ()
+    num_breaks: int = 0
 
 
 class ReplyConstraint:
@@ -139,7 +143,7 @@ class ReplyConstraint:
             return True
         if rules.answer is not None or rules.call is not None:
             return False
-        if rules.max_thinking_tokens is None:
+        if rules.max_thinking_tokens is None or not rules.think_end:
             return True
         num_thinking = self._state.num_thinking + num_tokens
         return num_thinking < rules.max_thinking_tokens
@@ -190,9 +194,12 @@ class ReplyConstraint:
             is_whole = _ends_with(recent, rules.think_start)
             phase = Phase.THOUGHT if is_whole else Phase.THOUGHT_START
             return State(phase, recent=() if is_whole else recent)
-        if state.phase is not Phase.CALL:
-            phase = Phase.ANSWER if is_read else Phase.OPENING
-            return State(phase, state.matcher)
+        if state.phase is not Phase.CALL and is_read:
+            return State(Phase.ANSWER, state.matcher)
+        if state.phase is Phase.OPENING:
+            number = state.num_breaks + 1 + rules.separator.index(token)
+            extra = rules.separator[: max(MAX_BREAKS - number, 0)]
+            return State(Phase.OPENING, state.matcher, extra=extra, num_breaks=number)
         if state.matcher is not None and state.matcher.is_complete:
             return State(Phase.FREE)
         return state

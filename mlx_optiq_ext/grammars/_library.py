@@ -7,7 +7,7 @@ from typing import Any
 
 NAME = "llguidance"
 MISSING = (
-    "Structured output and thinking budgets need llguidance, which is not installed: "
+    "Structured output needs llguidance, which is not installed: "
     "pip install 'mlx-optiq-ext[structured]'"
 )
 

@@ -30,6 +30,11 @@ class Shape:
     answer: Source | None = None
     max_thinking_tokens: int | None = None
 
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether llguidance is needed for it."""
+        return self.answer is not None
+
 
 class ReplyRules:
     """What is asked of a reply, compiled for a tokenizer. It can be used many times.

@@ -20,27 +20,33 @@ class Vocabulary:
     """The tokens that a reply is made of.
 
     Args:
-        tokenizer: A fast tokenizer of transformers.
+        tokenizer: One of transformers.
         end_tokens (frozenset[int]): Those that end a reply.
-
-    Raises:
-        GrammarError: If it is not a fast one.
-        ImportError: If llguidance is not installed.
     """
 
     def __init__(self, tokenizer: Any, end_tokens: frozenset[int]):
+        self._inner = tokenizer
+        self.end_tokens = end_tokens
+        self.num_bytes = -(-len(tokenizer) // 8)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What llguidance makes of the tokenizer, which takes it a moment.
+
+        Raises:
+            GrammarError: If it is not a fast one.
+            ImportError: If llguidance is not installed.
+        """
         bridge = library("llguidance.hf")
         try:
-            self.tokenizer = bridge.from_tokenizer(
-                tokenizer, eos_token=sorted(end_tokens) or None
+            return bridge.from_tokenizer(
+                self._inner, eos_token=sorted(self.end_tokens) or None
             )
         except ValueError as error:
             raise GrammarError(
-                f"structured output needs a fast tokenizer, got "
-                f"{type(tokenizer).__name__}: {error}"
+                "structured output needs a fast tokenizer, got "
+                f"{type(self._inner).__name__}: {error}"
             ) from error
-        self.end_tokens = end_tokens
-        self.num_bytes = -(-self.tokenizer.vocab_size // 8)
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
@@ -67,7 +73,7 @@ class Vocabulary:
     def without_end(self) -> bytes:
         """The mask that allows all tokens but those that end a reply."""
         forbidden = int.from_bytes(self.only(self.end_tokens), "little")
-        everything = (1 << self.tokenizer.vocab_size) - 1
+        everything = (1 << 8 * self.num_bytes) - 1
         return (everything & ~forbidden).to_bytes(self.num_bytes, "little")
 
 

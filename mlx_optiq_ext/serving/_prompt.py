@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm import server
 
 from ._arguments import Arguments, check_generation
+from ._constraints import begin_constraint
 from ._context import context_size
 from ._conversation import Conversation, Message
 from ._errors import bad_request, context_overflow, is_template_error
@@ -73,6 +74,7 @@ def make_prompt(
     request.tokenizer, request.initial_state = tokenizer, state
     if request.request_type == "chat":
         request.format = ReplyFormat.of(tokenizer)
+    begin_constraint(tokenizer, request, arguments, prompt)
     if not request.counts_only:
         _limit(provider.model, request, arguments, len(prompt))
         _check_arguments(provider.model, tokenizer, arguments, prompt)

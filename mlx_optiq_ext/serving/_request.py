@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lm import server
 
+from ..grammars import Source
 from ._conversation import Message
 from ._errors import bad_request
 from ._fields import checked, choice, number, optional
@@ -21,6 +22,9 @@ MAX_TOKENS = 32768
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Tokens that a thought may have, by the effort that is asked for; more is not limited.
+# The numbers are those of Google's API.
+EFFORT_TOKENS = {"low": 1024, "medium": 8192, "high": 24576}
 
 
 @dataclass
@@ -52,6 +56,9 @@ class Request(server.CompletionRequest):
         gives_sources: Whether it is asked who drafted each token.
         keeps_space: White space is sent exactly as it is generated.
         counts_only: The prompt is tokenised and no more.
+        answer: The grammar that the answer has to follow, None if there is none.
+        answer_path: The field that asks for it.
+        max_thinking_tokens: Tokens that a thought may have, None for no limit.
         takes_images: The model has to take images, whether or not there are any.
         is_cut_by_context: Set by the generation thread, when the context is what
             limits the reply.
@@ -84,6 +91,9 @@ class Request(server.CompletionRequest):
     gives_sources: bool = False
     keeps_space: bool = False
     counts_only: bool = False
+    answer: Source | None = None
+    answer_path: str = ""
+    max_thinking_tokens: int | None = None
     takes_images: bool = False
     is_cut_by_context: bool = False
     tokenizer: Any = None
@@ -118,6 +128,11 @@ class Request(server.CompletionRequest):
             # A call is forced by its first token, which leaves no room for a thought.
             self.has_thinking = False
 
+    def limit_thinking(self, num_tokens: int | None) -> None:
+        """Let a thought have so many tokens, unless a client said how many."""
+        if self.max_thinking_tokens is None:
+            self.max_thinking_tokens = num_tokens
+
     def choose_effort(self, effort: str, path: str) -> None:
         """Think as hard as a client wants, which for the least is not at all.
 
@@ -125,6 +140,7 @@ class Request(server.CompletionRequest):
             APIError: 400, if that is no effort.
         """
         choice(effort, EFFORTS, path)
+        self.limit_thinking(EFFORT_TOKENS.get(effort))
         self.template["reasoning_effort"] = effort
         if not self.must_call:
             self.has_thinking = effort not in ("none", "minimal")
@@ -177,19 +193,3 @@ def refuse(body: Body, *names: str) -> None:
             raise bad_request(
                 f"{name}: not supported here", name, "unsupported_parameter"
             )
-
-
-def refuse_format(layout: Any, path: str) -> None:
-    """Refuse a format of the reply other than text.
-
-    Raises:
-        APIError: 400, if one is asked for.
-    """
-    if layout is None:
-        return
-    if optional(checked(layout, dict, path), "type", str, "text", path) != "text":
-        raise bad_request(
-            f"{path}: structured output is not supported here",
-            path,
-            "unsupported_parameter",
-        )

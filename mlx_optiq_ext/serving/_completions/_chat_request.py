@@ -11,8 +11,9 @@ from .._conversation import (
     without_billing_line,
 )
 from .._errors import bad_request
-from .._fields import choice, objects, optional, required
-from .._request import Request, refuse, refuse_format
+from .._fields import choice, number, objects, optional, required
+from .._request import Request, refuse
+from .._structure import read_format
 from ._request import read_common
 
 Body = dict[str, Any]
@@ -41,6 +42,8 @@ def read_chat_request(body: Body) -> Request:
         role_mapping=optional(body, "role_mapping", dict),
     )
     read_common(body, request)
+    text = optional(body, "text", dict, {})
+    read_format(text.get("format"), "text.format", request)
     optional(body, "chat_template_kwargs", dict)
     has_logprobs = optional(body, "logprobs", bool, False)
     request.gives_logprobs = has_logprobs or request.num_top_logprobs > 0
@@ -53,8 +56,6 @@ def _check_supported(body: Body) -> None:
     refuse(body, "functions", "audio", "web_search_options")
     if optional(body, "modalities", list, ["text"]) != ["text"]:
         refuse(body, "modalities")
-    text = optional(body, "text", dict, {})
-    refuse_format(text.get("format"), "text.format")
 
 
 def _read_messages(body: Body) -> list[Message]:
@@ -170,7 +171,11 @@ def _read_thinking(body: Body, request: Request) -> None:
     if (thinking := optional(body, "thinking", dict)) is not None:
         kind = required(thinking, "type", str, "thinking.")
         request.has_thinking = kind != "disabled" and not request.must_call
+        request.limit_thinking(
+            number(thinking, "budget_tokens", None, least=0, kind=int)
+        )
     reasoning = optional(body, "reasoning", dict, {})
+    request.limit_thinking(number(reasoning, "max_tokens", None, least=0, kind=int))
     if (effort := optional(reasoning, "effort", str, path="reasoning.")) is not None:
         request.choose_effort(effort, "reasoning.effort")
     if (effort := optional(body, "reasoning_effort", str)) is not None:
