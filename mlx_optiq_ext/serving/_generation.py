@@ -183,8 +183,8 @@ class Generation:
 
     def _sequence(self, index: int) -> Sequence:
         arguments = copy.copy(self._arguments)
-        if arguments.seed is not None:
-            arguments.seed += index
+        if index and arguments.seed is not None:
+            arguments.seed = (arguments.seed + index) % (1 << 64)
         return Sequence(self._exchange, dataclasses.replace(self._request), arguments)
 
     def _read(

@@ -85,6 +85,7 @@ def _tokenize(
     tokenize: Tokenize, tokenizer: Any, request: Request, arguments: Any
 ) -> Tokenized:
     if isinstance(request.prompt, list):
+        _check_tokens(request.prompt, len(tokenizer))
         # mlx-lm encodes texts only; it says where a reply without messages starts.
         empty = dataclasses.replace(request, prompt="")
         _, _, kinds, *rest = tokenize(tokenizer, empty, arguments)
@@ -99,6 +100,12 @@ def _tokenize(
             if plain == messages or not is_template_error(exc):
                 raise
         return tokenize(tokenizer, _with(request, plain), arguments)
+
+
+def _check_tokens(tokens: list[int], num_known: int) -> None:
+    wrong = [token for token in tokens if not 0 <= token < num_known]
+    if wrong:
+        raise bad_request(f"prompt: there is no token {wrong[0]}", param="prompt")
 
 
 def _split(tokenizer: Any, prompt: list[int]) -> tuple[list[list[int]], list[str]]:

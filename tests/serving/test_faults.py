@@ -244,10 +244,10 @@ def test_a_client_that_sends_nothing_is_let_go(start_server: Starter) -> None:
 
 SHORT_TIMEOUT = """\
 import mlx_optiq_ext
-from mlx_optiq_ext import serving
-from mlx_optiq_ext.serving import _exchange
-serving.IDLE_TIMEOUT = _exchange.IDLE_TIMEOUT = 0.2
 from mlx_lm.server import main
+from mlx_optiq_ext.patches import _classes
+from mlx_optiq_ext.serving import _exchange
+_classes.Handler.timeout = _exchange.IDLE_TIMEOUT = 0.2
 main()
 """
 

@@ -23,7 +23,8 @@ from tests.processes import run_command
 from .conftest import START, ServerProcess, Starter, free_port
 
 PROMPT = "To be, or not to be, that is"
-MESSAGES = [{"role": "user", "content": "Tell me about the sea and the king."}]
+QUESTION = "Tell me about the sea and the king."
+MESSAGES = [{"role": "user", "content": QUESTION}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ANTHROPIC, RESPONSES = "/v1/messages", "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
@@ -32,10 +33,11 @@ BODIES: dict[str, dict[str, Any]] = {
     ANTHROPIC: {"model": "claude-x", "messages": MESSAGES, "max_tokens": 24},
     RESPONSES: {
         "model": "gpt-x",
-        "input": MESSAGES[0]["content"],
+        "input": QUESTION,
         "max_output_tokens": 24,
     },
 }
+TEXTS = {path: PROMPT if path == COMPLETIONS else QUESTION for path in BODIES}
 
 # What two servers say differently, and what only one that speculates says.
 OWN = {"id", "item_id", "call_id", "created", "created_at", "completed_at", "timings"}
@@ -142,6 +144,23 @@ def assert_counts_add_up(reply: Reply) -> tuple[int, int]:
     return timings["draft_n"], accepted
 
 
+def with_text(body: dict[str, Any], text: str) -> dict[str, Any]:
+    """A request of any route with another text for the model to go on with."""
+    if "messages" in body:
+        return body | {"messages": [{"role": "user", "content": text}]}
+    return body | {"prompt" if "prompt" in body else "input": text}
+
+
+@pytest.fixture(autouse=True)
+def prompts_of_its_own(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Give each test its own prompts, or it would find those of others in a cache."""
+    for path, body in BODIES.items():
+        text = f"# {request.node.name}\n{TEXTS[path]}"
+        monkeypatch.setitem(BODIES, path, with_text(body, text))
+
+
 @pytest.fixture(scope="module")
 def pair(start_server: Starter) -> Pair:
     flags = ("--mtp", "--num-draft-tokens", "3")
@@ -166,7 +185,7 @@ def test_a_reply_ends_at_its_limit(pair: Pair, path: str, num_tokens: int) -> No
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, ANTHROPIC])
 def test_a_reply_ends_at_every_stop_string(pair: Pair, path: str) -> None:
-    text = ask(pair.plain, CHAT if path == ANTHROPIC else path).text
+    text = pair.compare(path).text
     name = "stop_sequences" if path == ANTHROPIC else "stop"
     for start, size in ((1, 1), (3, 3), (7, 9), (12, 2)):
         stops = [text[start : start + size]]
@@ -240,7 +259,6 @@ def test_drafts_of_some_tokens_change_no_reply(
 ) -> None:
     flags = ("--mtp", "--num-draft-tokens", "3", "--draft-vocab", "32")
     limited = start_server(*flags, folder=DEMO)
-    # No other test asks this, so no server has it in its cache.
     plain, all_, some = (
         ask(server, COMPLETIONS, prompt="class Stack:\n    def push(")
         for server in (pair.plain, pair.speculating, limited)
@@ -306,7 +324,8 @@ def _nth_case(path: str, number: int) -> tuple[str, dict[str, Any]]:
 def test_a_second_turn_finds_the_cache_and_a_primed_head(
     pair: Pair, start_server: Starter, seed: dict[str, int]
 ) -> None:
-    question = {"role": "user", "content": "What did the old man say to the boy?"}
+    text = f"What did the old man say to the {'girl' if seed else 'boy'}?"
+    question = {"role": "user", "content": text}
     first = pair.compare(CHAT, messages=[question], max_tokens=48, **seed)
     answer = {"role": "assistant", "content": first.text}
     messages = [question, answer, {"role": "user", "content": "And what then?"}]
