@@ -64,7 +64,8 @@ def read_format(layout: Any, path: str, request: Request) -> None:
     if kind != "json_schema":
         return
     path = f"{path}."
-    if "schema" not in layout:
+    is_nested = "json_schema" in layout or path == "response_format."
+    if is_nested and "schema" not in layout:
         layout, path = (
             required(layout, "json_schema", dict, path),
             f"{path}json_schema.",
