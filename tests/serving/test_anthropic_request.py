@@ -299,7 +299,7 @@ def test_what_only_the_vendor_understands_is_ignored() -> None:
         ({"thinking": {"type": "odd"}}, "thinking.type"),
         (
             {"output_config": {"format": {"type": "json_schema"}}},
-            "output_config.format",
+            "output_config.format.schema",
         ),
     ],
 )
