@@ -1,6 +1,7 @@
 """Grammars that replies follow, and limits on how long they think."""
 
 from .._errors import GrammarError
+from ._calls import Tool
 from ._constraint import ReplyConstraint
 from ._masks import masked
 from ._processor import ConstraintProcessor
@@ -18,6 +19,7 @@ __all__ = [
     "ReplyRules",
     "Shape",
     "Source",
+    "Tool",
     "masked",
     "not_allowed",
 ]

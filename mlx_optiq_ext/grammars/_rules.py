@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .._errors import GrammarError
+from ._calls import CallGrammar, Tool
 from ._constraint import ReplyConstraint, Rules
+from ._lark import LarkWriter, alternatives
 from ._matcher import Grammar
 from ._schemas import place_of_error
 from ._sources import Source, together
@@ -23,17 +25,25 @@ class Shape:
 
     Args:
         answer (Source, optional): What the answer has to follow.
+        tools (tuple[Tool, ...]): Those that may be called, by calls that follow their
+            schemas: in place of an answer with a grammar, or in the middle of one that
+            has none.
+        must_call (bool): Whether the answer has to be a call.
+        one_call (bool): Whether it may not be several.
         max_thinking_tokens (int, optional): Tokens that a thought may have, after which
             its end is forced.
     """
 
     answer: Source | None = None
+    tools: tuple[Tool, ...] = ()
+    must_call: bool = False
+    one_call: bool = False
     max_thinking_tokens: int | None = None
 
     @property
     def needs_grammar(self) -> bool:
         """Whether llguidance is needed for it."""
-        return self.answer is not None
+        return self.answer is not None or len(self.tools) > 0
 
 
 class ReplyRules:
@@ -50,12 +60,12 @@ class ReplyRules:
 
     def __init__(self, shape: Shape, tokenizer: Any):
         vocabulary = Vocabulary.of(tokenizer)
-        answer = shape.answer
-        grammar = None if answer is None else compiled(answer, vocabulary)
         self.tokenizer = tokenizer
         self._rules = Rules(
             vocabulary,
-            grammar,
+            _answer(shape, tokenizer, vocabulary),
+            _call(shape, tokenizer, vocabulary),
+            call_start=tuple(tokenizer.tool_call_start_tokens or ()),
             max_thinking_tokens=shape.max_thinking_tokens,
             think_start=tuple(tokenizer.think_start_tokens or ()),
             think_end=tuple(tokenizer.think_end_tokens or ()),
@@ -91,6 +101,76 @@ class ReplyRules:
             may_think (bool): Whether it may begin with one.
         """
         return ReplyConstraint(self._rules, in_thought=in_thought, may_think=may_think)
+
+
+def _answer(shape: Shape, tokenizer: Any, vocabulary: Vocabulary) -> Grammar | None:
+    """The grammar of an answer, None if there is none."""
+    if shape.answer is not None and not shape.tools:
+        return compiled(shape.answer, vocabulary)
+    if shape.answer is None and not shape.must_call:
+        return None
+
+    def start(writer: LarkWriter) -> str:
+        calls = CallGrammar(shape.tools, tokenizer, writer).calls(shape.one_call)
+        if shape.answer is None or shape.must_call:
+            return calls
+        compiled(shape.answer, vocabulary)
+        return alternatives([writer.add(shape.answer.named("")), calls])
+
+    return _compiled_calls(shape, tokenizer, vocabulary, start)
+
+
+def _call(shape: Shape, tokenizer: Any, vocabulary: Vocabulary) -> Grammar | None:
+    """The grammar of a call in the middle of an answer that has none."""
+    if not shape.tools or shape.must_call or shape.answer is not None:
+        return None
+
+    def start(writer: LarkWriter) -> str:
+        return CallGrammar(shape.tools, tokenizer, writer).behind_marker
+
+    return _compiled_calls(shape, tokenizer, vocabulary, start)
+
+
+def _compiled_calls(
+    shape: Shape,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    start: Callable[[LarkWriter], str],
+) -> Grammar:
+    """Compile a grammar that has calls in it.
+
+    Raises:
+        GrammarError: If it cannot be; the path begins with the name of the tool whose
+          schema is the reason.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    writer = LarkWriter(vocabulary, encode)
+    grammar = start(writer)
+    for tool in shape.tools:
+        if tool.is_strict:
+            _check_tool(tool, vocabulary)
+    try:
+        return Grammar(writer.text(grammar), vocabulary)
+    except GrammarError:
+        for tool in shape.tools:
+            _check_tool(tool, vocabulary)
+        raise
+
+
+def _check_tool(tool: Tool, vocabulary: Vocabulary) -> None:
+    """Compile the schema of a tool by itself.
+
+    Raises:
+        GrammarError: If it cannot be; the path begins with the tool's name.
+    """
+    try:
+        compiled(Source("json_schema", tool.schema, tool.is_strict), vocabulary)
+    except GrammarError as error:
+        path = ".".join(filter(None, [tool.name, error.path]))
+        raise GrammarError(error.reason, path) from error
 
 
 def compiled(source: Source, vocabulary: Vocabulary) -> Grammar:

@@ -18,6 +18,7 @@ MAX_SIZE = 1 << 20  # characters of a grammar
 
 Kind = Literal["json_schema", "regex", "grammar"]
 Named = dict[str, Any]
+Schema = dict[str, Any]
 
 # White space as `json.dumps` writes it, which models write of their own accord. Without
 # a choice the grammar has one way to go more often, and a model cannot write nothing
@@ -112,8 +113,22 @@ def _lark(text: str) -> str:
 
 def _lark_of_regex(pattern: str) -> str:
     """All of the text has to match, so that anchors at the ends say nothing."""
+    return f"start: /{_without_anchors(pattern)}/"
+
+
+def full_match(pattern: str) -> str:
+    """The regex of texts in which a JSON schema's pattern is found somewhere."""
+    before = "" if pattern.startswith("^") else "(?s:.*)"
+    after = "" if _ends_with_anchor(pattern) else "(?s:.*)"
+    return f"{before}({_without_anchors(pattern)}){after}"
+
+
+def _without_anchors(pattern: str) -> str:
     pattern = pattern.removeprefix("^")
-    if re.search(r"(?<!\\)(\\\\)*\$$", pattern):
+    if _ends_with_anchor(pattern):
         pattern = pattern[:-1]
-    pattern = library().regex_to_lark(pattern, use_ascii="d")
-    return f"start: /{pattern}/"
+    return library().regex_to_lark(pattern, use_ascii="d")
+
+
+def _ends_with_anchor(pattern: str) -> bool:
+    return re.search(r"(?<!\\)(\\\\)*\$$", pattern) is not None

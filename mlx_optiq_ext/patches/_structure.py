@@ -75,7 +75,7 @@ def shape_of(given: dict[str, Any]) -> Shape:
     content = given[kind]
     if kind == "json_schema":
         content = read_schema(content)
-    return Shape(Source(kind, content), most)
+    return Shape(Source(kind, content), max_thinking_tokens=most)
 
 
 def read_schema(schema: Any) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ..grammars import ConstraintProcessor, ReplyRules, Shape
+from ..grammars import ConstraintProcessor, ReplyRules, Shape, Tool
 from ._arguments import Arguments
+from ._conversation import tool_name
 from ._request import Request
 from ._structure import explained
 
@@ -20,7 +21,30 @@ if TYPE_CHECKING:
 
 def shape_of(request: Request) -> Shape:
     """What is asked of the reply to a request."""
-    return Shape(request.answer, request.max_thinking_tokens)
+    has_rules = request.must_call or request.strict_tools or request.answer is not None
+    tools = [
+        Tool(
+            tool_name(tool),
+            tool["function"].get("parameters") or {},
+            tool_name(tool) in request.strict_tools,
+        )
+        for tool in request.tools or []
+        if has_rules
+    ]
+    return Shape(
+        request.answer,
+        tuple(tools),
+        request.must_call,
+        request.one_call,
+        request.max_thinking_tokens,
+    )
+
+
+def _path(request: Request) -> str:
+    """The field that asks for the grammar of a reply."""
+    if request.answer is not None and not request.must_call:
+        return request.answer_path
+    return "tool_choice" if request.must_call else "tools"
 
 
 def compile_rules(exchange: Exchange, request: Request, arguments: Arguments) -> None:
@@ -33,7 +57,7 @@ def compile_rules(exchange: Exchange, request: Request, arguments: Arguments) ->
     if not shape.needs_grammar:
         return
     tokenizer = tokenizer_for(exchange, arguments)
-    with explained(request.answer_path):
+    with explained(_path(request)):
         arguments.rules = ReplyRules(shape, tokenizer)
 
 
@@ -53,7 +77,7 @@ def begin_constraint(
         return
     if rules is None or rules.tokenizer is not tokenizer:
         # There is another model now than the one that it was compiled for.
-        with explained(request.answer_path):
+        with explained(_path(request)):
             rules = ReplyRules(shape, tokenizer)
     is_chat = request.request_type == "chat"
     arguments.begin = lambda: rules.begin_after(prompt) if is_chat else rules.begin()

@@ -175,16 +175,14 @@ def _check_request(
 
 def _begin_reply(tokenizer: Any, request: Request, tokenized: Tokenized) -> Tokenized:
     prompt, segments, kinds, state, *rest = tokenized
-    beginning, next_state = request.prefill, "normal"
-    if request.must_call:
-        beginning, next_state = tokenizer.tool_call_start, "tool"
+    beginning = request.prefill
     if not beginning:
         return tokenized
     if state == "reasoning":
         beginning = f"{tokenizer.think_end}\n\n{beginning}"
     tokens = tokenizer.encode(beginning, add_special_tokens=False)
     segments = [*segments[:-1], segments[-1] + tokens]
-    return (prompt + tokens, segments, kinds, next_state, *rest)
+    return (prompt + tokens, segments, kinds, "normal", *rest)
 
 
 def _check_arguments(

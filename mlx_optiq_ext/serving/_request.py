@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm import server
 
 from ..grammars import Source
-from ._conversation import Message
+from ._conversation import Message, tool_name
 from ._errors import bad_request
 from ._fields import checked, choice, number, optional
 from ._images import has_images
@@ -41,6 +42,7 @@ class Request(server.CompletionRequest):
         body: The JSON object, for the fields that all APIs have in common.
         is_streamed: The reply is sent in pieces.
         must_call: The reply has to be a call of a tool.
+        strict_tools: Names of those whose arguments have to follow their schemas.
         one_call: The reply is over after its first call.
         prefill: How the reply has to begin.
         max_tokens: None for the server's default, 0 to fill the cache only.
@@ -77,6 +79,7 @@ class Request(server.CompletionRequest):
     body: Body = field(default_factory=dict)
     is_streamed: bool = False
     must_call: bool = False
+    strict_tools: frozenset[str] = frozenset()
     one_call: bool = False
     prefill: str = ""
     max_tokens: int | None = None
@@ -108,12 +111,15 @@ class Request(server.CompletionRequest):
     def has_images(self) -> bool:
         return has_images(self.messages)
 
-    def choose_tools(self, mode: str, tools: list[Tool]) -> None:
+    def choose_tools(
+        self, mode: str, tools: list[Tool], strict: Collection[str] = ()
+    ) -> None:
         """Offer the tools as a client wants them to be used.
 
         Args:
             mode (str): "auto", "none" or "required".
             tools (list[dict]): Those that may be called.
+            strict (Collection[str]): Names of those that are strict.
 
         Raises:
             APIError: 400, if there has to be a call and there is no tool.
@@ -124,9 +130,8 @@ class Request(server.CompletionRequest):
                 "tool_choice: a call needs a tool to call", param="tool_choice"
             )
         self.tools = tools if tools and mode != "none" else None
-        if self.must_call:
-            # A call is forced by its first token, which leaves no room for a thought.
-            self.has_thinking = False
+        names = map(tool_name, self.tools or ())
+        self.strict_tools = frozenset(names).intersection(strict)
 
     def limit_thinking(self, num_tokens: int | None) -> None:
         """Let a thought have so many tokens, unless a client said how many."""
@@ -142,8 +147,7 @@ class Request(server.CompletionRequest):
         choice(effort, EFFORTS, path)
         self.limit_thinking(EFFORT_TOKENS.get(effort))
         self.template["reasoning_effort"] = effort
-        if not self.must_call:
-            self.has_thinking = effort not in ("none", "minimal")
+        self.has_thinking = effort not in ("none", "minimal")
 
 
 def read_stop(body: Body, name: str) -> tuple[str, ...]:

@@ -113,10 +113,12 @@ def _read_stop(body: Body) -> tuple[str, ...]:
 
 
 def _read_tools(body: Body, request: Request) -> None:
-    tools, dropped = [], []
+    tools, dropped, strict = [], [], []
     for path, tool in objects(optional(body, "tools", list, []), "tools"):
         if optional(tool, "type", str, "custom", f"{path}.") == "custom":
             tools.append(_read_tool(tool, f"{path}."))
+            if optional(tool, "strict", bool, False, f"{path}."):
+                strict.append(tool["name"])
         else:
             dropped.append(tool["type"])
     log_dropped_tools(dropped)
@@ -130,7 +132,7 @@ def _read_tools(body: Body, request: Request) -> None:
         name = required(tool_choice, "name", str, "tool_choice.")
         tools = pick_tools(tools, [name], "tool_choice.name")
     mode = {"any": "required", "tool": "required"}.get(kind, kind)
-    request.choose_tools(mode, tools)
+    request.choose_tools(mode, tools, strict)
 
 
 def _read_tool(tool: Body, path: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from .._conversation import (
     log_dropped_tools,
     pick_tools,
     read_arguments,
+    tool_name,
     without_billing_line,
 )
 from .._errors import bad_request
@@ -135,7 +136,8 @@ def _read_tools(body: Body, request: Request) -> None:
     mode, names = _read_choice(body)
     if names is not None:
         tools = pick_tools(tools, names, "tool_choice")
-    request.choose_tools(mode, tools)
+    strict = [tool_name(tool) for tool in tools if tool["function"].get("strict")]
+    request.choose_tools(mode, tools, strict)
     request.one_call = not optional(body, "parallel_tool_calls", bool, True)
 
 
@@ -170,7 +172,7 @@ def _read_thinking(body: Body, request: Request) -> None:
     """The several ways in which clients ask for thinking, the plainest last."""
     if (thinking := optional(body, "thinking", dict)) is not None:
         kind = required(thinking, "type", str, "thinking.")
-        request.has_thinking = kind != "disabled" and not request.must_call
+        request.has_thinking = kind != "disabled"
         request.limit_thinking(
             number(thinking, "budget_tokens", None, least=0, kind=int)
         )
@@ -180,5 +182,5 @@ def _read_thinking(body: Body, request: Request) -> None:
         request.choose_effort(effort, "reasoning.effort")
     if (effort := optional(body, "reasoning_effort", str)) is not None:
         request.choose_effort(effort, "reasoning_effort")
-    if not request.must_call and "enable_thinking" in body:
+    if "enable_thinking" in body:
         request.has_thinking = optional(body, "enable_thinking", bool)
