@@ -16,9 +16,10 @@ from mlx_lm.sample_utils import LogitsProcessor
 from .._options import MAX_DRAFT_TOKENS
 from ..grammars import Constraint, ConstraintProcessor, not_allowed
 from ._acceptance import unguarded
+from ._plan import WIDTHS
 
-# A token that is not known yet, the one after it, and all that may be drafted.
-MAX_TOKENS_AHEAD = 2 + MAX_DRAFT_TOKENS
+# A token that is not known yet, the one after it, and all that may be proposed.
+MAX_TOKENS_AHEAD = 2 + max(MAX_DRAFT_TOKENS, WIDTHS[-1])
 
 
 class Lookahead:
@@ -33,7 +34,7 @@ class Lookahead:
         self._constraint = constrained.constraint
         self._num_seen = 0
         self.error = constrained.error
-        self._is_lost = self.error is not None
+        self.is_lost = self.error is not None
         self.num_known = 0
         self.masks: list[bytes | None] = []
         self._add_mask()
@@ -41,7 +42,7 @@ class Lookahead:
     @property
     def forced(self) -> int | None:
         """The next token, if there is only one way to go."""
-        if self._is_lost:
+        if self.is_lost:
             return None
         return next(iter(self._constraint.forced()), None)
 
@@ -49,11 +50,17 @@ class Lookahead:
         """Read those draft tokens that were not read yet, and go on by them."""
         for token in tokens[self.num_known :]:
             self.num_known += 1
-            if not self._is_lost:
+            if not self.is_lost:
                 # What is not allowed is rejected, and no row after it counts.
-                self._is_lost = not self._constraint.advance(int(token.item()))
-                self._num_seen += not self._is_lost
+                self.is_lost = not self._constraint.advance(int(token.item()))
+                self._num_seen += not self.is_lost
             self._add_mask()
+
+    def forget(self) -> None:
+        """Go on as if the last token, which was not allowed, had not been seen."""
+        self.num_known -= 1
+        self.masks.pop()
+        self.is_lost = self.error is not None
 
     def close(self) -> None:
         """Take the constraint back to the first row.
@@ -63,18 +70,18 @@ class Lookahead:
               has no guard.
         """
         self._constraint.roll_back(self._num_seen)
-        self._num_seen, self._is_lost = 0, True
+        self._num_seen, self.is_lost = 0, True
         if self.error is not None:
             self._constrained.fail(self.error)
 
     def _add_mask(self) -> None:
         mask = None
-        if not self._is_lost:
+        if not self.is_lost:
             try:
                 mask = self._constraint.mask()
             except Exception as error:
                 # It ends its own sequence, once the rows of all are judged.
-                self.error, self._is_lost = error, True
+                self.error, self.is_lost = error, True
         self.masks.append(mask)
 
 

@@ -7,12 +7,15 @@ from collections.abc import Sequence as Numbers
 
 import mlx.core as mx
 
-from ..drafters import Committed
+from ..drafters import COPIES, Committed
 from ..grammars import masked
 from ._acceptance import normalized
+from ._plan import Plan
 from ._rows import Proposal, Row, num_accepted_of
 from ._sequence import Sequence
 from ._target import Output
+
+CERTAIN = "grammar"  # where a token came from that had to come
 
 
 class BatchProposals:
@@ -21,20 +24,27 @@ class BatchProposals:
     Args:
         sequences (Sequence[Sequence]): Whose rules the drafts follow.
         vocab_size (int): That of the target.
-        num_wanted (Sequence[int]): How many tokens are to be drafted for each.
+        source (str): The name of what computes drafts.
+        num_wanted (Sequence[int]): How many tokens are to be computed for each.
     """
 
     def __init__(
-        self, sequences: Iterable[Sequence], vocab_size: int, num_wanted: Numbers[int]
+        self,
+        sequences: Iterable[Sequence],
+        vocab_size: int,
+        source: str,
+        num_wanted: Numbers[int],
     ):
+        self._sequences = list(sequences)
         self.each: list[Proposal] = [
             Proposal(each.verifier, each.history, each.num_accepted, vocab_size, number)
-            for each, number in zip(sequences, num_wanted, strict=True)
+            for each, number in zip(self._sequences, num_wanted, strict=True)
         ]
         self._num_wanted = num_wanted
         # Whether more were added, because they are certain, than were wanted.
         self.is_lengthened = False
         self._vocab_size = vocab_size
+        self._source = source
         self._are_plain = all(each.verifier.is_plain for each in sequences)
         self._latest: mx.array | None = None
 
@@ -58,19 +68,33 @@ class BatchProposals:
         self._latest = mx.stack([proposal.tokens[-1] for proposal in self.each])
 
     @property
-    def num_draft_tokens(self) -> list[int]:
+    def num_drafts(self) -> list[int]:
+        """How many draft tokens each sequence has."""
         return [len(proposal.drafts) for proposal in self.each]
 
-    def settle(self, num_draft_tokens: Numbers[int]) -> None:
-        """Have so many draft tokens, as far as those not drafted are certain."""
-        numbers = zip(self._num_wanted, num_draft_tokens, strict=True)
-        for proposal, (wanted, number) in zip(self.each, numbers, strict=True):
-            proposal.settle(wanted, number)
-            self.is_lengthened |= len(proposal.drafts) > wanted
+    def settle(self, plan: Plan, num_certain: Numbers[int]) -> None:
+        """Drop what is not wanted of the drafts, and take copies where these are.
+
+        Args:
+            plan (Plan): What is wanted.
+            num_certain (Sequence[int]): How many tokens to have, where it is certain
+                what comes.
+        """
+        for index, (number, num_copied) in enumerate(zip(*plan, strict=True)):
+            proposal = self.each[index]
+            proposal.drop(number)
+            proposal.source = self._source
+            if num_copied:
+                proposal.source = COPIES
+                proposal.take(self._sequences[index].copy(num_copied))
+            elif num_certain[index] > number:
+                proposal.source = self._source if number else CERTAIN
+                proposal.add_certain(num_certain[index])
+                self.is_lengthened = True
 
     def matrix(self) -> mx.array:
-        """Draft tokens ``[num_sequences, max(num_draft_tokens)]``; padded with 0."""
-        width, blank = max(self.num_draft_tokens), mx.zeros(1, mx.uint32)
+        """Draft tokens ``[num_sequences, max(num_drafts)]``; padded with 0."""
+        width, blank = max(self.num_drafts), mx.zeros(1, mx.uint32)
         rows = []
         for proposal in self.each:
             tokens = [token.astype(mx.uint32) for token in proposal.tokens]
@@ -103,8 +127,9 @@ class Pass:
         does_more: bool,
     ):
         self.sequences = sequences
-        self.num_drafted = proposals.num_draft_tokens
+        self.num_drafted = proposals.num_drafts
         self.is_lengthened = proposals.is_lengthened
+        self.sources = [proposal.source for proposal in proposals.each]
         self.is_early = is_early
         self.does_more = does_more
         self.is_collected = False
@@ -115,6 +140,13 @@ class Pass:
         self.logprobs: list[list[mx.array]] = [[] for _ in sequences]
         self._proposals = proposals.each
         self._packed: list[tuple[int, mx.array]] = []
+
+    @property
+    def plan(self) -> Plan:
+        """How many tokens were verified, by their source."""
+        is_copied = [source == COPIES for source in self.sources]
+        pairs = list(zip(self.num_drafted, is_copied, strict=True))
+        return Plan([n * (not c) for n, c in pairs], [n * c for n, c in pairs])
 
     @property
     def is_certain(self) -> bool:

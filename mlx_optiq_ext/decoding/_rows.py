@@ -104,6 +104,7 @@ class Proposal:
         self.vocab_size = vocab_size
         self.index = index
         self.drafts: list[DraftToken] = []
+        self.source: str | None = None
         self.histories = [history]
 
     @property
@@ -165,16 +166,32 @@ class Proposal:
         self.lookahead.see(self.tokens)
         return True
 
-    def settle(self, num_drafted: int, number: int) -> None:
-        """Keep some of what was drafted, and add tokens that are certain."""
-        del self.drafts[num_drafted:], self.histories[num_drafted + 1 :]
+    def add_certain(self, number: int) -> None:
+        """Add tokens that are certain, until there are so many."""
         self._num_wanted = number
         while self.add_forced():
             pass
 
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take tokens from elsewhere, as far as they may come."""
+        for token in tokens:
+            self.append(mx.array([token], mx.uint32))
+            if self.lookahead is None:
+                continue
+            self.lookahead.see(self.tokens)
+            if self.lookahead.is_lost:
+                self.drop(len(self.drafts) - 1)
+                self.lookahead.forget()
+                return
+
     def append(self, token: mx.array) -> None:
         """Take a token, shape ``[1]``, that was drawn already."""
         self._append(DraftToken(token))
+
+    def drop(self, num_kept: int) -> None:
+        """Forget all drafts but the first."""
+        del self.drafts[num_kept:]
+        del self.histories[num_kept + 1 :]
 
     def _append(self, draft: DraftToken) -> None:
         history = self.histories[-1]

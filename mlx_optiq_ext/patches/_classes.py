@@ -119,12 +119,14 @@ def _drafting(model: Any, arguments: Any) -> Request | None:
     served = serving.speculation_of(model)
     if served is None:
         return None
-    options = serving.options_of(arguments)
-    if options.num_draft_tokens == 0:
+    options = serving.options_of(arguments, served)
+    drafts = served.drafter.computes_drafts or options.prompt_lookup
+    if options.num_draft_tokens == 0 or not drafts:
         return None
     return Request(
         draft=served.drafter,
         num_draft_tokens=options.num_draft_tokens,
+        prompt_lookup=options.prompt_lookup,
         stats=options.stats,
         seed=options.seed,
     )

@@ -116,6 +116,10 @@ class ServerParser(SpeculationParser):
 
             # Requests in a batch share no draft model: mlx-lm serves them one by one.
             if is_draft_model(parsed.draft):
+                if parsed.prompt_lookup:
+                    self.error(
+                        "argument --prompt-lookup: not allowed with a draft model"
+                    )
                 if parsed.draft_vocab is not None:
                     self.error("argument --draft-vocab: needs --mtp")
                 parsed.draft_model, parsed.draft = parsed.draft, None

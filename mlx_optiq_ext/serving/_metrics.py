@@ -117,6 +117,16 @@ class Metrics:
                 "Forward passes that emitted tokens, by the draft tokens in them",
                 "depth",
             ),
+            "drafted_by": counter(
+                "spec_decode_num_draft_tokens_per_source",
+                "Draft tokens verified, by what proposed them",
+                "source",
+            ),
+            "accepted_by": counter(
+                "spec_decode_num_accepted_tokens_per_source",
+                "Draft tokens emitted, by what proposed them",
+                "source",
+            ),
         }
 
     def text(self, num_waiting: int, exchanges: Collection[Exchange]) -> bytes:
@@ -176,6 +186,11 @@ def _totals(exchange: Exchange) -> Totals:
         ("calls_at", stats.num_calls_per_depth),
     ):
         totals |= {(name, str(at)): number for at, number in enumerate(numbers)}
+    for name, counts in (
+        ("drafted_by", stats.num_drafted_per_source),
+        ("accepted_by", stats.num_accepted_per_source),
+    ):
+        totals |= {(name, source): number for source, number in list(counts.items())}
     return totals
 
 
