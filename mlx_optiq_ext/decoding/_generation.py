@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import mlx.core as mx
 
@@ -17,8 +17,9 @@ CLEAR_CACHE_INTERVAL = 256  # tokens, as in mlx-lm's generate_step
 Token = tuple[int, mx.array, bool]
 ProgressCallback = Callable[[int, int], None]
 
-# The generation that is under way with a prompt cache, by the first entry of that.
-_owners: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
+# The generation that is under way with a prompt cache, by the first entry of that. A
+# generation holds the cache, so that a strong reference would keep both for ever.
+_owners: WeakKeyDictionary[Any, ReferenceType[Generation]] = WeakKeyDictionary()
 
 
 class Generation:
@@ -125,6 +126,7 @@ def _take_over(generation: Generation, cache: list[Any]) -> None:
     """
     if not cache:
         return
-    if (owner := _owners.get(cache[0])) is not None:
+    known = _owners.get(cache[0])
+    if known is not None and (owner := known()) is not None:
         owner.settle()
-    _owners[cache[0]] = generation
+    _owners[cache[0]] = ref(generation)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from .._errors import GrammarError
 from ._library import library
@@ -25,7 +25,8 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any, end_tokens: frozenset[int]):
-        self._inner = tokenizer
+        # What is known of a tokenizer must not keep it.
+        self._inner = ref(tokenizer)
         self.end_tokens = end_tokens
         self.num_bytes = -(-len(tokenizer) // 8)
 
@@ -37,15 +38,15 @@ class Vocabulary:
             GrammarError: If it is not a fast one.
             ImportError: If llguidance is not installed.
         """
-        bridge = library("llguidance.hf")
+        bridge, inner = library("llguidance.hf"), self._inner()
         try:
             return bridge.from_tokenizer(
-                self._inner, eos_token=sorted(self.end_tokens) or None
+                inner, eos_token=sorted(self.end_tokens) or None
             )
         except ValueError as error:
             raise GrammarError(
                 "structured output needs a fast tokenizer, got "
-                f"{type(self._inner).__name__}: {error}"
+                f"{type(inner).__name__}: {error}"
             ) from error
 
     @classmethod

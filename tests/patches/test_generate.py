@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -195,6 +197,20 @@ def test_a_consumer_that_leaves_early_leaves_a_settled_cache(demo: Any) -> None:
             if response.generation_tokens == 13:
                 break
     assert_same_cache(caches[0], caches[1][: len(caches[0])])
+
+
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_what_was_generated_with_is_let_go(num_tokens: int) -> None:
+    model, tokenizer = mlx_lm.load(str(DEMO))
+    cache = make_prompt_cache(model)
+    options: dict[str, Any] = {"prompt_cache": cache, "max_tokens": 20, "mtp": True}
+    for response in stream_generate(model, tokenizer, PROMPT, **options):
+        if response.generation_tokens == num_tokens:
+            break
+    held = ref(model), ref(cache[0])
+    del model, tokenizer, cache, options, response
+    gc.collect()
+    assert [each() for each in held] == [None, None]
 
 
 def test_options_that_a_draft_model_would_lose_are_kept(demo: Any) -> None:
