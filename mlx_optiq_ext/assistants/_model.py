@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,12 +126,31 @@ class Assistant(nn.Module):
             for kind, keys_and_values in shared_kv.items()
         }
 
+    def mask(self, kind: str, num_keys: int, num_rows: mx.array) -> mx.array:
+        """Mask the keys of several sequences that the assistant does not see.
+
+        Args:
+            kind (str): The type of layer.
+            num_keys (int): The number of keys of each sequence, with padding behind.
+            num_rows (mx.array): How many of them are no padding, ``[num_sequences]``.
+
+        Returns:
+            mx.array: The keys that are seen, ``[num_sequences, 1, 1, num_keys]``.
+        """
+        rows, num_rows = mx.arange(num_keys), num_rows[:, None, None, None]
+        is_seen = rows < num_rows
+        if kind == SLIDING:
+            num_visible = self.text_args.sliding_window + NUM_BEYOND_WINDOW
+            is_seen = is_seen & (rows >= num_rows - num_visible)
+        return is_seen
+
     def __call__(
         self,
         embedding: mx.array,
         hidden: mx.array,
         shared_kv: SharedKV,
-        position: int,
+        position: int | mx.array,
+        masks: Mapping[str, mx.array] | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Run one step.
 
@@ -141,7 +160,10 @@ class Assistant(nn.Module):
             hidden (mx.array): The state of the target that predicted the last token, or
               the state that the step before returned, of the same shape.
             shared_kv (dict): The keys and values that ``visible`` returned.
-            position (int): The position of the query, in tokens.
+            position (int or mx.array): The position of the query, in tokens; for each
+              sequence, ``[batch]``, where they differ.
+            masks (dict, optional): The keys that are seen, by type of layer. Default:
+              all.
 
         Returns:
             tuple[mx.array, mx.array]: The logits, ``[batch, 1, vocab_size]``, and the
@@ -150,8 +172,9 @@ class Assistant(nn.Module):
         x = mx.concatenate([embedding, hidden], axis=-1).astype(self.dtype)
         x = self.pre_projection(x)
         for layer in self.layers:
-            kv = shared_kv[layer.layer_type]
-            x, _, _ = layer(x, shared_kv=kv, offset=position)
+            kind = layer.layer_type
+            mask = None if masks is None else masks[kind]
+            x, _, _ = layer(x, mask, shared_kv=shared_kv[kind], offset=position)
         x = self.model.norm(x)
         return self._logits(x), self.post_projection(x)
 

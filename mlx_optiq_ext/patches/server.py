@@ -47,12 +47,12 @@ def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    processors = wrapped(*args, **kwargs)
-    if not getattr(args[0], "is_single", False):
-        return processors
-    from ..serving import with_cached_tokens
+    from ..serving import constraints, with_cached_tokens
 
-    return with_cached_tokens(processors, args[0])
+    processors = wrapped(*args, **kwargs)
+    if getattr(args[0], "is_single", False):
+        processors = with_cached_tokens(processors, args[0])
+    return [*constraints(args[0]), *processors]
 
 
 def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
