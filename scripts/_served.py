@@ -1,4 +1,4 @@
-"""A server in a process of its own, as the scripts that wear it out need it."""
+"""Runs a server in a process of its own, and watches what it uses."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 START = "import mlx_optiq_ext; from mlx_lm.server import main; main()"
 HOST = "127.0.0.1"
 
-# What may come on top of what a server that is warm uses.
+# A server may use this much more than when it was warm.
 MEMORY_ALLOWANCE = 64 << 20
 THREAD_ALLOWANCE = 2
 START_TIMEOUT = 300.0
 SETTLE_TIMEOUT = 90.0
-
 
 ACCEPTED = re.compile(r"^spec_decode_num_accepted_tokens_total (\S+)", re.MULTILINE)
 
@@ -38,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def speculation_flags(family: str) -> tuple[str, ...]:
-    """With which the demo model of a family is served speculatively."""
+    """List the flags with which the demo model of a family is served speculatively."""
     ((name, value),) = FAMILIES[family][1].items()
     return (f"--{name}",) if value is True else (f"--{name}", str(value))
 
@@ -47,7 +46,7 @@ class Served:
     """A server of a demo model on a free port of the loopback interface.
 
     Args:
-        family (str): Of the model.
+        family (str): The family of the demo model, ``"qwen"`` or ``"gemma"``.
         flags (str): Further flags of the server.
         off (bool): Whether to switch this project off.
     """
@@ -99,7 +98,7 @@ class Served:
     def ask(
         self, method: str, path: str, body: Any = None, timeout: float = 60.0
     ) -> tuple[int, Any]:
-        """Status and JSON body of the reply to a request."""
+        """Send a request, and return the status and the JSON body of the reply."""
         connection = self.connect(timeout)
         try:
             connection.request(method, path, body and json.dumps(body))
@@ -120,17 +119,17 @@ class Served:
         return http.client.HTTPConnection(HOST, self.port, timeout=timeout)
 
     def num_bytes(self) -> int:
-        """Resident memory of the server."""
+        """Read how many bytes of memory the server resides in."""
         command = ["ps", "-o", "rss=", "-p", str(self._process.pid)]
         return int(subprocess.check_output(command)) << 10
 
     def num_threads(self) -> int:
-        """Threads of the server, where the system tells."""
+        """Count the threads of the server; 0 where the system does not tell."""
         tasks = Path(f"/proc/{self._process.pid}/task")
         return len(list(tasks.iterdir())) if tasks.exists() else 0
 
     def tracebacks(self) -> list[str]:
-        """The tracebacks in the log, each once."""
+        """List the tracebacks in the log, each once."""
         _, *parts = self.log.read_text(errors="replace").split("Traceback (most recent")
         return sorted({_without_rest(part.splitlines()) for part in parts})
 
@@ -141,20 +140,20 @@ class Served:
 
 
 def _without_rest(lines: list[str]) -> str:
-    """The lines of a log up to the exception that ends a traceback."""
+    """Join the lines of a log up to the exception that ends a traceback."""
     ends = (i for i, line in enumerate(lines) if i and not line.startswith(" "))
     return "\n".join(lines[: next(ends, len(lines)) + 1])
 
 
 def check_speculation(served: Served) -> list[str]:
-    """See that a server has speculated."""
+    """List what is wrong if a server has never speculated with success."""
     (count,) = ACCEPTED.findall(served.metrics())
     print(f"{float(count):.0f} draft tokens accepted")
     return [] if float(count) else ["no draft token was ever accepted"]
 
 
 class Baseline:
-    """Memory and threads of a server that is warm, to compare with later."""
+    """The memory and threads of a server that is warm, to compare with later."""
 
     def __init__(self, served: Served):
         self._served = served
@@ -162,7 +161,7 @@ class Baseline:
         self._num_threads = served.num_threads()
 
     def problems(self) -> list[str]:
-        """What did not go back to where it was."""
+        """List what has not gone back to where it was."""
         deadline = time.monotonic() + SETTLE_TIMEOUT
         while (found := self._problems()) and time.monotonic() < deadline:
             time.sleep(1.0)

@@ -99,7 +99,7 @@ def measure(
 
 
 def sweep(results: Results) -> dict[int, dict[str, Any]]:
-    """Each number of draft tokens over all prompts."""
+    """Measure each number of draft tokens over all prompts."""
     rows = {}
     for gamma in next(iter(results.values())):
         found = [by_gamma[gamma] for by_gamma in results.values()]

@@ -71,7 +71,7 @@ def report(size: str, weights: str, times: dict[str, float]) -> None:
 
 
 def measure(size: Size, weights: str, num_repeats: int) -> dict[str, float]:
-    """Seconds of a target's step and of a draft from so many tokens."""
+    """Time a step of the target, and drafts from numbers of tokens."""
     args = text_args(size)
     model, head = qwen3_5.TextModel(args), MTPHead(args)
     for module in (model, head):
@@ -118,7 +118,7 @@ def prepare(module: nn.Module, weights: str) -> None:
 
 
 def layers(model: nn.Module) -> Callable[[], mx.array]:
-    """A step of the layers alone, after a prompt."""
+    """Make a step of the layers alone, after a prompt."""
     cache = model.make_cache()
     mx.eval(model.model(mx.zeros((1, NUM_SEEN), mx.int32), cache))
     return lambda: model.model(mx.zeros((1, 1), mx.int32), cache)
@@ -127,7 +127,7 @@ def layers(model: nn.Module) -> Callable[[], mx.array]:
 def draft(
     model: nn.Module, head: MTPHead, project: Callable[[mx.array], mx.array]
 ) -> Callable[[], mx.array]:
-    """A greedy draft of one token, as the decode loop computes it."""
+    """Make a greedy draft of one token, as the decode loop computes it."""
     cache = qwen3_5.KVCache()
     states = mx.zeros((1, NUM_SEEN, model.args.hidden_size), one_state(model).dtype)
     mx.eval(head(states, states, cache))

@@ -1,7 +1,7 @@
 """Measure how close the decode loop comes to what the hardware allows.
 
-No trained weights: a model of real shapes has random ones, and a drafter whose
-acceptance is dialled knows what plain decoding emits. Acceptance here says nothing
+A model of real shapes has random weights, and a drafter whose acceptance is dialled
+knows what plain decoding emits. Acceptance here says nothing
 about any trained drafter.
 
 Efficiency is the measured speed-up over mlx-lm's `generate_step`, divided by the
@@ -75,7 +75,7 @@ SPEED_COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How long it is measured, and with which drafter."""
+    """The drafter and the lengths of the measurements."""
 
     drafter: Drafter | None
     vocab_size: int
@@ -86,7 +86,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Costs:
-    """Median seconds, of passes by rows, of the rest by draft tokens."""
+    """Median seconds: of passes by rows, of drafts and rollbacks by draft tokens."""
 
     verify: dict[int, float]
     draft: dict[int, float]
@@ -248,7 +248,7 @@ def _result(
 
 
 def _num_parameters(model: nn.Module) -> int:
-    """Those of a quantised model count as what they stand for."""
+    """Count the parameters, those of a quantised model as what they stand for."""
     return sum(array.size for _, array in tree_flatten(model.parameters()))
 
 

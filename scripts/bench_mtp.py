@@ -88,7 +88,7 @@ class Measurement:
 
 
 def recommended_sampler(model: Any) -> Any:
-    """The sampler of a model's ``generation_config.json``; greedy if it has none."""
+    """Make the sampler that a model recommends; greedy if it recommends none."""
     from mlx_lm.sample_utils import make_sampler
 
     from mlx_optiq_ext._record import record_of
@@ -146,7 +146,7 @@ def main(
 def run_apart(
     measurements: list[Measurement],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The machine, and the outcome of each measurement in a process of its own."""
+    """Describe the machine, and make each measurement in a process of its own."""
     from mlx_optiq_ext.cli._machine import describe_machine
 
     with ProcessPoolExecutor(
@@ -160,7 +160,7 @@ def run_apart(
 def summarize(
     measurements: list[Measurement], runs: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row of the table for each model and each kind of sampling."""
+    """Make a row of the table for each model and each kind of sampling."""
     rows = []
     for model, sampling in dict.fromkeys((m.model, m.sampling) for m in measurements):
         found = [

@@ -83,7 +83,7 @@ COLUMNS = ("what", "without", "with", "difference")
 
 
 class Cost(NamedTuple):
-    """Medians, and that of the quotients of neighbours if there are such."""
+    """Medians without and with the extension, and the median of their quotients."""
 
     without: float
     own: float
@@ -124,7 +124,7 @@ def main(
 
 
 def start_up(repeats: int) -> float:
-    """Median milliseconds that the line of the start-up file takes."""
+    """Time the line of the start-up file; the median in milliseconds."""
     folder = str(Path(__file__).parents[1])
     code = START.format(folder=folder, line=START_UP_LINE)
     result_of(code, "-S")  # Installers compile what they install.
@@ -136,7 +136,7 @@ def imports(is_on: bool) -> Any:
 
 
 def decoding(model: str, num_tokens: int, repeats: int) -> Cost:
-    """Plain decoding by two processes in turns, after one turn to warm up."""
+    """Time plain decoding by two processes in turns, after one turn to warm up."""
     code = DECODE.format(model=model, prompt=PROMPT, num_tokens=num_tokens)
     with start(code, False) as without, start(code, True) as own:
 
@@ -165,7 +165,7 @@ def ask(process: subprocess.Popen[str]) -> float:
 
 
 def prefill(model: str, num_tokens: int, repeats: int) -> dict[str, Cost]:
-    """Prefill speed and peak memory, plain and with the MTP head."""
+    """Measure the speed and peak memory of prefill, plain and with the MTP head."""
 
     def measure(options: dict[str, Any]) -> Any:
         return result_of(
@@ -181,7 +181,7 @@ def prefill(model: str, num_tokens: int, repeats: int) -> dict[str, Cost]:
 
 
 def result_of(code: str, *flags: str, is_on: bool = True) -> Any:
-    """What code that runs in a process of its own prints last, as JSON."""
+    """Run code in a process of its own, and read the JSON that it prints last."""
     command = [sys.executable, *flags, "-c", code]
     output = subprocess.check_output(command, env=_environment(is_on), text=True)
     return json.loads(output.splitlines()[-1])

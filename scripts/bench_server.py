@@ -69,7 +69,7 @@ class Bench:
         self._texts = [self._text(prompt) for prompt in PROMPTS]
 
     def eight(self, kind: str) -> float:
-        """Seconds until all requests that were sent at once are answered."""
+        """Time until all requests that were sent at once are answered, in seconds."""
         start = time.perf_counter()
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             texts = list(pool.map(lambda p: self._ask(kind, p), PROMPTS))
@@ -79,7 +79,7 @@ class Bench:
         return seconds
 
     def alone(self, kind: str) -> float:
-        """Seconds in the server from first tokens to ends, one request at a time."""
+        """Time requests in the server one by one, from first token to last."""
         before = self._seconds(kind)
         for prompt in PROMPTS:
             self._ask(kind, prompt)
@@ -88,7 +88,7 @@ class Bench:
         return self._seconds(kind) - before
 
     def generate(self, kind: str) -> float:
-        """Seconds from first tokens to ends, without a server."""
+        """Time generations without a server, from first tokens to ends, in seconds."""
         return sum(self._generate(kind, prompt) for prompt in PROMPTS)
 
     def _ask(self, kind: str, prompt: str) -> str:

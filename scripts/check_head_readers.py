@@ -120,7 +120,7 @@ def write_models(place: Path) -> dict[tuple[str, str], Path]:
 def check(
     name: str, python: str, models: dict[tuple[str, str], Path], place: Path
 ) -> bool:
-    """Compare all models in one peer; whether it is as expected."""
+    """Compare all models in one peer, and tell whether it reads them as expected."""
     peer, environment = PEERS[name], place / name
     subprocess.run([python, "-m", "venv", environment], check=True)
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "-q"]
@@ -136,7 +136,7 @@ def check(
 
 
 def read(environment: Path, probe: str, model: Path, output: Path) -> str:
-    """What became of one head in a peer."""
+    """Let a peer read one head, and say what became of it."""
     output.unlink(missing_ok=True)
     process = subprocess.run(
         [environment / "bin" / "python", "-c", probe, model, output],

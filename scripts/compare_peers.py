@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def checkpoints(scratch: Path) -> dict[str, tuple[Path, Path]]:
-    """Folders of the models and of their drafters, in a layout that everyone reads."""
+    """Make folders of models and their drafters, in a layout that everyone reads."""
     gemma = scratch / "gemma"
     shutil.copytree(GEMMA, gemma)
     config = json.loads((gemma / "config.json").read_text())
@@ -81,7 +81,7 @@ def checkpoints(scratch: Path) -> dict[str, tuple[Path, Path]]:
 def compare(
     pythons: dict[str, Path], folder: Path, draft: Path, args: argparse.Namespace
 ) -> dict[Contender, Results]:
-    """Let all decode all prompts, in turns."""
+    """Let all contenders decode all prompts, in turns."""
     tokenizer = load_tokenizer(folder)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     processes = {

@@ -50,7 +50,7 @@ def main() -> None:
 
 @contextmanager
 def serve_lab() -> Iterator[str]:
-    """A Lab that knows the demo models only; its address."""
+    """Start a Lab that knows the demo models only, and yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-c", START, "lab", "--port", "0", "--no-browser"],

@@ -39,7 +39,7 @@ CHAT_TEMPLATE = """\
 
 
 class Outcome(NamedTuple):
-    """What became of a test, named as in the table, and why."""
+    """The outcome of a test, named as in the table, and its reasons."""
 
     result: str
     reasons: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
     @property
     def essence(self) -> str:
-        """All but what changes from run to run: numbers and temporary files."""
+        """The outcome without what every run changes: numbers and temporary files."""
         folder = re.escape(tempfile.gettempdir())
         return re.sub(rf"0x[0-9a-f]+|\d+|{folder}\S+", "", str(self))
 

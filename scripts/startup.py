@@ -1,4 +1,4 @@
-"""Build step that puts the start-up files at the top of site-packages."""
+"""Puts the start-up files at the top of site-packages, as a step of the build."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ VERSIONS = run_path(str(ROOT / "mlx_optiq_ext/patches/_versions.py"))["SUPPORTED
 
 
 class Outcome(NamedTuple):
-    """What became of one release."""
+    """The outcome of the tests with one release."""
 
     version: str
     passed: bool

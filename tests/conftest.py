@@ -1,3 +1,5 @@
+"""Adds the option that runs a part of the whole grid of exactness."""
+
 from __future__ import annotations
 
 import pytest

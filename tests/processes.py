@@ -1,4 +1,4 @@
-"""Processes that have imported mlx-lm when they start.
+"""Starts processes that have imported mlx-lm already.
 
 A fresh interpreter spends a second and a half of CPU time on importing mlx-lm. Here one
 process imports it, and the others are forked from that one. They are real processes

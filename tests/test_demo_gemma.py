@@ -1,3 +1,5 @@
+"""The embedded Gemma-4 model and its assistant are small, whole and of use."""
+
 from __future__ import annotations
 
 import warnings

@@ -1,3 +1,5 @@
+"""The embedded Qwen3.5 model and its head are small, whole and of use."""
+
 from __future__ import annotations
 
 import json

@@ -1,1 +1,1 @@
-"""What the benchmarks with random weights share."""
+"""Holds the parts that benchmarks with random weights share."""

@@ -1,4 +1,4 @@
-"""What one generation costs, and what it could cost at best."""
+"""Measures what a generation costs, and what it could cost at best."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Run:
 
     Args:
         tokens (list[int]): All tokens, the first included.
-        seconds (float): From the first token to the last.
-        stats (SpeculationStats): Empty for plain decoding.
+        seconds (float): The seconds from the first token to the last.
+        stats (SpeculationStats): The counts, which are empty for plain decoding.
     """
 
     tokens: list[int]
@@ -46,12 +46,12 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """Forward passes, without the one that the first token came from."""
+        """The number of forward passes, without that of the first token."""
         return self.stats.num_target_calls - 1
 
     @property
     def rounds_by_depth(self) -> dict[int, int]:
-        """How many of these passes verified so many draft tokens."""
+        """The number of these passes by the number of draft tokens verified."""
         drafted = [self.num_rounds, *self.stats.num_drafted_per_position, 0]
         return {
             depth: drafted[depth] - drafted[depth + 1]
@@ -61,13 +61,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Start:
-    """Where every generation starts.
+    """The state that every generation starts from.
 
     Args:
         model (nn.Module): The target.
-        cache (list): Its cache, with some tokens in it; it stays as it is.
-        tokens (mx.array): The tokens, ``[num_tokens]``; the last one is fed again.
-        clock (Callable[[], float]): Tells seconds.
+        cache (list): The prompt cache of the target, which stays as it is.
+        tokens (mx.array): The tokens in it, ``[num_tokens]``; the last is fed again.
+        clock (Callable[[], float]): Returns the time in seconds.
     """
 
     model: nn.Module
@@ -117,12 +117,12 @@ def _consume(tokens: Iterable[int], clock: Clock) -> tuple[list[int], float]:
 def allowed_seconds(
     run: Run, verify: Mapping[int, float], draft: Mapping[int, float]
 ) -> float:
-    """What the rounds of a run take if they cost their passes and drafts alone.
+    """Compute what rounds would take if they cost their passes and drafts alone.
 
     Args:
-        run (Run): Says how many rounds there were, and with how many draft tokens.
-        verify (Mapping[int, float]): Seconds of a pass, by number of rows.
-        draft (Mapping[int, float]): Seconds of a draft, by number of tokens.
+        run (Run): The run, with its numbers of rounds by numbers of draft tokens.
+        verify (Mapping[int, float]): The seconds of a pass, by its number of rows.
+        draft (Mapping[int, float]): The seconds of a draft, by its number of tokens.
     """
     return sum(
         num_rounds * (verify[1 + depth] + draft[depth])
@@ -134,7 +134,7 @@ def allowed_seconds(
 def measure_draft_seconds(
     start: Start, drafter: Drafter, depth: int, num_repeats: int
 ) -> float:
-    """Median seconds of a draft, built before the clock starts."""
+    """Time drafts that are built before the clock starts; the median in seconds."""
     model, cache = start.model, copy_cache(start.cache)
     num_tokens = start.tokens.size
     session = drafter.open(list(cache), len(cache), num_tokens)
@@ -155,7 +155,7 @@ def measure_draft_seconds(
 
 
 def measure_rollback_seconds(start: Start, num_rows: int, num_repeats: int) -> float:
-    """Median seconds to take back all rows of a pass but the first."""
+    """Time taking back all rows of a pass but the first; the median in seconds."""
     seconds = []
     is_taped = has_known_recurrence(start.model)
     if is_taped:
@@ -177,7 +177,7 @@ def measure_rollback_seconds(start: Start, num_rows: int, num_repeats: int) -> f
 
 @dataclass
 class HostTime:
-    """Where the host waits for the device: calls that block, and for how long."""
+    """The calls in which the host waits for the device, and how long they take."""
 
     num_syncs: int = 0
     seconds: float = 0.0
@@ -185,7 +185,7 @@ class HostTime:
 
     @property
     def busy_seconds(self) -> float:
-        """What the host took to build graphs and all else."""
+        """The seconds in which the host did not wait."""
         return self.seconds - self.blocked_seconds
 
 

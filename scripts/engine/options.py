@@ -1,4 +1,4 @@
-"""Options that choose a model of real shapes with random weights."""
+"""Adds the options that choose a model of real shapes with random weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured: its shape, and how its weights are kept."""
+    """The model that is measured: its shape, and how its weights are stored."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class Subject:
 
 
 def subject_options(command: Callable[..., None]) -> Any:
-    """The options of a command whose argument ``subject`` is a ``Subject``."""
+    """Add options to a command whose argument ``subject`` is a ``Subject``."""
 
     @click.option("--preset", type=click.Choice(list(PRESETS)), default="qwen-400m")
     @click.option("--dtype", type=click.Choice(DTYPES), default="float32")

@@ -1,1 +1,1 @@
-"""What runs in the environments of `scripts/compare_peers.py`."""
+"""Holds what runs in the environments of `scripts/compare_peers.py`."""

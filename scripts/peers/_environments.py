@@ -1,4 +1,4 @@
-"""Processes that decode, each in the environment of what it decodes with."""
+"""Starts processes that decode, each in the environment of its decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 PEERS = {"vlm": "mlx-vlm==0.7.10", "optiq": "mlx-optiq==0.7.7"}
-# Decoding is one thread's work; what a BLAS would add depends on who else is there.
+# Decoding takes one thread; what a BLAS gains by more depends on other programs.
 THREADS = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
@@ -25,10 +25,11 @@ class Process:
     """A decoder that waits for requests; none runs while another one works.
 
     Args:
-        module (str): Of this package: ``ours``, or one of ``PEERS``.
+        module (str): The module of this package to run: ``ours``, or one of ``PEERS``.
         python (Path): The interpreter of its environment.
-        folder (Path): The model.
-        draft (Path): Its drafter; the same for a head that is in the model.
+        folder (Path): The folder of the model.
+        draft (Path): The folder of its drafter, or of the model if its files have the
+          head.
     """
 
     def __init__(self, module: str, python: Path, folder: Path, draft: Path):
@@ -44,7 +45,7 @@ class Process:
         self.error: str | None = self._read().get("error")
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The reply to a request; after an error it is asked no more."""
+        """Return the reply to a request; after an error nothing more is asked."""
         if self.error is not None:
             return {"error": self.error}
         assert self._process.stdin is not None
@@ -68,12 +69,13 @@ def prepare(peer: str, folder: Path, extra: str) -> Path:
     """Install a peer in an environment of its own, unless it is there.
 
     Args:
-        peer (str): One of ``PEERS``.
-        folder (Path): Where the environments are.
-        extra (str): Of mlx, for its backend: ``cpu``, ``cuda12``, ``cuda13`` or none.
+        peer (str): The name of the peer, one of ``PEERS``.
+        folder (Path): The folder of all environments.
+        extra (str): The extra of mlx for its backend: ``cpu``, ``cuda12``, ``cuda13``
+          or none.
 
     Returns:
-        Path: Its interpreter.
+        Path: The interpreter of that environment.
     """
     place = folder / f"{peer}-{extra or 'default'}"
     python, done = place / "bin" / "python", place / "installed"

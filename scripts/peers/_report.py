@@ -1,4 +1,4 @@
-"""From replies of the decoders to a table."""
+"""Makes a table of the replies of decoders."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Contender(NamedTuple):
     """One way to decode.
 
     Args:
-        name (str): In the table.
-        module (str): That of its process.
-        num_draft_tokens (int): 0 for plain decoding.
+        name (str): The name in the table.
+        module (str): The module that its process runs.
+        num_draft_tokens (int): The number of draft tokens, 0 for plain decoding.
     """
 
     name: str
@@ -32,7 +32,7 @@ REFERENCE = Contender("mlx-lm, plain", "ours", 0)
 
 
 def contenders(depths: Sequence[int]) -> list[Contender]:
-    """The ways to decode at these numbers of draft tokens, the reference first."""
+    """List the ways to decode at these numbers of draft tokens, reference first."""
     names = {"ours": "mlx-optiq-ext", "vlm": "mlx-vlm", "optiq": "mlx-optiq"}
     plain = [
         Contender(f"{names[module]}, plain", module, 0) for module in ("vlm", "optiq")
@@ -50,15 +50,17 @@ def contenders(depths: Sequence[int]) -> list[Contender]:
 
 @dataclass
 class Results:
-    """What one contender did.
+    """The outcome of one contender's runs.
 
     Args:
-        seconds (dict): Of each timed run, from the first token to the last, by prompt.
-        processor_seconds (dict): Those of the processor, likewise.
-        tokens (dict): By prompt.
-        drafted, accepted (int): Over all timed runs, as the decoder counts them.
+        seconds (dict): The seconds of each timed run, from the first token to the last,
+          by prompt.
+        processor_seconds (dict): The seconds of the processor in the same runs.
+        tokens (dict): The tokens of the last run, by prompt.
+        drafted (int): The draft tokens of all timed runs, as the decoder counts them.
+        accepted (int): The number of them that were accepted.
         caches (dict): What ``inspect`` found, at the limit and at a stop.
-        error (str, optional): Why there is nothing.
+        error (str, optional): The reason why there is no outcome.
     """
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
@@ -89,18 +91,18 @@ class Results:
             self.caches[ending].append(reply["cache"])
 
     def speed(self, prompt: int) -> float:
-        """Tokens per second; the first token is the prompt's."""
+        """Compute the tokens a second, without the first, which the prompt yields."""
         num_tokens = len(self.tokens[prompt]) - 1
         return num_tokens / statistics.median(self.seconds[prompt])
 
     def cost(self, prompt: int) -> float:
-        """Milliseconds of the processor per token."""
+        """Compute the milliseconds of the processor per token."""
         num_tokens = len(self.tokens[prompt]) - 1
         return 1e3 * statistics.median(self.processor_seconds[prompt]) / num_tokens
 
 
 def table(results: dict[Contender, Results], is_greedy: bool) -> str:
-    """The results as Markdown, a row for each contender."""
+    """Lay the results out as Markdown, a row for each contender."""
     lines = [HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
     reference = results[REFERENCE]
     for contender, found in results.items():
@@ -127,7 +129,7 @@ def _cells(found: Results, reference: Results, is_greedy: bool) -> list[str]:
 
 
 def agreement(found: dict[int, list[int]], expected: dict[int, list[int]]) -> str:
-    """In how many prompts the tokens are equal, and where the first is that is not."""
+    """Say for how many prompts the tokens are equal, and where the first differs."""
     differences = [
         first_difference(tokens, expected[prompt])
         for prompt, tokens in found.items()
@@ -140,13 +142,13 @@ def agreement(found: dict[int, list[int]], expected: dict[int, list[int]]) -> st
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
-    """The position of the first token that differs."""
+    """Find the position of the first token that differs."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def verdict(caches: Sequence[dict[str, Any]]) -> str:
-    """What was found in the caches of several runs, the worst of it in words."""
+    """Say what is wrong with the caches of several runs, or that they are right."""
     kinds = {_kind(**cache) for cache in caches}
     return "; ".join(sorted(kinds - {"right"})) or "right"
 

@@ -1,6 +1,6 @@
-"""One decoder in a process of its own: requests on stdin, replies on stdout, in JSON.
+"""Runs one decoder: requests come on stdin and replies go to stdout, in JSON.
 
-Run in the environment of the decoder, which has MLX and nothing of this project.
+The process runs in the decoder's environment, which has MLX and not this project.
 """
 
 from __future__ import annotations
@@ -30,30 +30,32 @@ class Decoder(Protocol):
         max_tokens: int,
         sampling: dict[str, float],
     ) -> Iterator[int]:
-        """Tokens, none of which ends the text; plain decoding for no draft tokens."""
+        """Yield tokens, which end no text; 0 draft tokens mean plain decoding."""
         ...
 
     def counts(self) -> tuple[int, int]:
-        """Tokens drafted and accepted since this was last asked."""
+        """Return the tokens drafted and accepted by the last ``steps``."""
         ...
 
     def make_cache(self) -> list[Any]: ...
 
     def logits(self, tokens: list[int], cache: list[Any]) -> mx.array:
-        """Those after the last of the tokens, computed without speculation."""
+        """Compute the logits after the last token, without speculation."""
         ...
 
 
 class Request(NamedTuple):
-    """What to decode.
+    """One generation that a decoder is asked for.
 
     Args:
-        prompt (list[int]): Tokens.
-        num_draft_tokens (int): In a round, 0 for plain decoding.
+        prompt (list[int]): The tokens of the prompt.
+        num_draft_tokens (int): The number of draft tokens in a round, 0 for plain
+          decoding.
         max_tokens (int): The limit that the decoder is told.
-        sampling (dict): ``temp``, ``top_p`` and ``top_k``.
-        seed (int): Of the sampler.
-        stop_after (int, optional): Tokens after which to leave the decoder.
+        sampling (dict): The values of ``temp``, ``top_p`` and ``top_k``.
+        seed (int): The seed of the sampler.
+        stop_after (int, optional): The number of tokens after which to leave the
+          decoder.
         inspects (bool): Whether to look into the cache afterwards.
     """
 
@@ -70,7 +72,7 @@ def serve(load: Callable[[Path, Path], Decoder]) -> None:
     """Load the checkpoints that the command line names, and answer requests.
 
     Args:
-        load (Callable): Makes the decoder of a model and a drafter.
+        load (Callable): A function that makes the decoder of a model and a drafter.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Libraries print there.
@@ -99,9 +101,17 @@ def _failure(exc: Exception) -> dict[str, Any]:
 
 
 def run(decoder: Decoder, request: Request) -> dict[str, Any]:
-    """Decode: tokens, counts, the cache, and seconds from the first token to the last.
+    """Decode once, and time it from the first token to the last.
 
-    Those of the processor, of all threads, are less disturbed by other programs.
+    The seconds of the processor, which are those of all threads, are less disturbed by
+    other programs than those of the clock.
+
+    Args:
+        decoder (Decoder): The decoder.
+        request (Request): The generation.
+
+    Returns:
+        dict: The tokens, seconds, counts, and what ``inspect`` found, if it was asked.
     """
     mx.random.seed(request.seed)
     cache = decoder.make_cache()
@@ -138,12 +148,12 @@ def run(decoder: Decoder, request: Request) -> dict[str, Any]:
 
 
 def inspect(decoder: Decoder, cache: list[Any], tokens: list[int]) -> dict[str, Any]:
-    """How many tokens a cache holds more than it should, and whether it is theirs.
+    """Compare the contents of a cache with the tokens that it should hold.
 
     Args:
-        decoder (Decoder): Whose cache it is.
-        cache (list): As decoding left it.
-        tokens (list[int]): What it should hold.
+        decoder (Decoder): The decoder that used the cache.
+        cache (list): The cache as decoding left it.
+        tokens (list[int]): The tokens that it should hold.
 
     Returns:
         dict: ``num_extra``, negative if some are missing, and ``error``, the largest

@@ -1,4 +1,4 @@
-"""mlx-optiq: its engine for MTP heads, its generator for Gemma-4 assistants."""
+"""Decodes with mlx-optiq: its engine for MTP heads, its generator for assistants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._runner import Decoder, serve
 
 
 class Engine:
-    """Its engine samples by itself, and ends texts at tokens that this ignores."""
+    """The engine for MTP heads, which samples by itself and here ends no text."""
 
     def __init__(self, folder: Path):
         from optiq.runtime.engine import OptiqEngine
@@ -63,7 +63,7 @@ class Engine:
 
 
 class Assisted:
-    """Plain decoding is mlx-lm's."""
+    """The generator for Gemma-4 assistants; plain decoding is mlx-lm's."""
 
     def __init__(self, folder: Path, draft: Path):
         from optiq.runtime.spec import GemmaAssistantDrafter, SpecStats

@@ -1,4 +1,4 @@
-"""mlx-optiq-ext, and plain mlx-lm for no draft tokens."""
+"""Decodes with mlx-optiq-ext, and for 0 draft tokens with plain mlx-lm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlx-vlm, by the generator under its `stream_generate`."""
+"""Decodes with mlx-vlm, by the generator under its `stream_generate`."""
 
 from __future__ import annotations
 

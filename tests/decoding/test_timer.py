@@ -1,3 +1,5 @@
+"""Times of rounds that something else disturbed are told from the others."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Assistants compute what transformers computes, and draft for their targets."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""A drafter is found by the type of its checkpoint, or refused with a reason."""
+
 from __future__ import annotations
 
 import json

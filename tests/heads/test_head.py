@@ -1,3 +1,5 @@
+"""The head computes what its definition says, in any number of pieces."""
+
 from __future__ import annotations
 
 import mlx.core as mx

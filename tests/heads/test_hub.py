@@ -1,3 +1,5 @@
+"""Only the files with the head are fetched from the Hub, and only if they must be."""
+
 from __future__ import annotations
 
 import hashlib

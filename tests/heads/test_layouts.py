@@ -1,3 +1,5 @@
+"""A head is the same in whichever layout it is stored."""
+
 from __future__ import annotations
 
 from pathlib import Path

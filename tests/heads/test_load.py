@@ -1,3 +1,5 @@
+"""A head is found where it may be, and a wrong one is refused with a reason."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The convention of a head's norms is told, or said to be unknown."""
+
 from __future__ import annotations
 
 from pathlib import Path

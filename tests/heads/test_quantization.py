@@ -1,3 +1,5 @@
+"""A head is quantised as it is stored or as its configuration asks."""
+
 from __future__ import annotations
 
 from pathlib import Path

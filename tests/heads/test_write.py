@@ -1,3 +1,5 @@
+"""A head is written beside its model completely or not at all."""
+
 from __future__ import annotations
 
 import json

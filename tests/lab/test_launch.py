@@ -1,3 +1,5 @@
+"""The settings of the page become a command line, or an error that names a setting."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Models are found in folders and in the cache of the Hub."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Gemma-4 models show what assistants read and stay what they are."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Qwen3.5 models with a head attached stay what they are."""
+
 from __future__ import annotations
 
 import json

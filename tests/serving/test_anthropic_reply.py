@@ -1,3 +1,5 @@
+"""Generated replies become messages and events of the Anthropic API."""
+
 from __future__ import annotations
 
 import json

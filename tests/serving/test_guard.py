@@ -1,3 +1,5 @@
+"""A function of a sequence that raises is reported, and does no harm to others."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Generated replies become responses and events of the Responses API."""
+
 from __future__ import annotations
 
 import json

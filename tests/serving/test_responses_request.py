@@ -1,3 +1,5 @@
+"""Requests of the Responses API are read, or refused with the field named."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Stored responses are found by their id until newer ones need the room."""
+
 from __future__ import annotations
 
 from mlx_optiq_ext.serving._store import ResponseStore, Stored
