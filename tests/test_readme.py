@@ -75,12 +75,18 @@ class Reader:
             GEMMA_ID: GEMMA,
             ASSISTANT_ID: GEMMA / "assistant",
             "FOLDER": folder,
+            "FILE": self._schema(),
             "MODEL": DEMO,
             PORT: self.port,
         }
         for name, stand_in in stand_ins.items():
             command = re.sub(rf"\b{re.escape(name)}\b", str(stand_in), command)
         return command
+
+    def _schema(self) -> Path:
+        path = self._place / "schema.json"
+        path.write_text('{"enum": ["big", "small"]}')
+        return path
 
     def run(self, command: str, typed: str = "") -> str:
         """What a command prints; its folder is a conversion, or a new one."""
