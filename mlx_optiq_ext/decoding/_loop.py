@@ -354,10 +354,8 @@ class Loop:
             self._move(self._separate_caches(), SeparateSessions())
         elif num_sequences > 1 and not is_joint and not self._must_be_separate:
             try:
-                if (session := self._drafter.open_batch()) is None:
-                    return
                 caches = JointCaches(self._model, self._drafter.reads_hidden_states)
-                self._move(caches, session)
+                self._move(caches, self._drafter.open_batch(caches.batch))
             except SpeculationError as error:
                 self._separate_for_good(error)
 

@@ -52,7 +52,7 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of ``generate`` that ask for the same speculation."""
+        """Return the arguments of ``generate`` that ask for the same speculation."""
         return {
             "mtp": self.mtp,
             "draft": self.draft,

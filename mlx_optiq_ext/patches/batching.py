@@ -1,4 +1,4 @@
-"""Wrappers for mlx-lm's server and batch generator: speculation in what they decode."""
+"""Wrappers that let mlx-lm's server and batch generator speculate."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def batch_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         current.reset(token)
     response.speculation = drafting.stats
     if call.arguments.get("verbose"):
-        # Beside the lines that mlx-lm prints.
+        # This line stands beside those that mlx-lm prints.
         for stats in drafting.stats:
             print(f"[batch_generate] Speculation: {stats}")  # noqa: T201
     return response
