@@ -74,8 +74,9 @@ class Reader:
             WITH_HEAD: DEMO,
             GEMMA_ID: GEMMA,
             ASSISTANT_ID: GEMMA / "assistant",
-            "FOLDER": folder,
+            # A folder has the names of the others in its own.
             "FILE": self._schema(),
+            "FOLDER": folder,
             "MODEL": DEMO,
             PORT: self.port,
         }
