@@ -16,6 +16,10 @@ from ._sources import Source, together
 from ._trial import check_cost
 from ._vocabulary import Vocabulary
 
+OWN_MARKERS = (
+    "not supported for this model, whose template sets the parts of a reply apart by "
+    "markers of its own"
+)
 # The end of a prompt is that of the template if it is within so many tokens.
 TAIL = 11
 
@@ -60,6 +64,8 @@ class ReplyRules:
     """
 
     def __init__(self, shape: Shape, tokenizer: Any):
+        if shape.needs_grammar and getattr(tokenizer, "response_transitions", None):
+            raise GrammarError(OWN_MARKERS)
         vocabulary = Vocabulary.of(tokenizer)
         self.tokenizer = tokenizer
         self._rules = Rules(
