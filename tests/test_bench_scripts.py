@@ -5,6 +5,7 @@ from __future__ import annotations
 import bench_assistant
 import bench_engine
 import bench_mtp
+import bench_structured
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
@@ -80,6 +81,11 @@ def test_a_random_model_accepts_what_is_dialled(family, draft):
             "| demo_model |",
         ),
         (bench_assistant.main, ["--repeats", "1", "--max-gamma", "1"], "| reasoning |"),
+        (
+            bench_structured.main,
+            ["--repeats", "1", "--num-draft-tokens", "1"],
+            "| any JSON |",
+        ),
     ],
 )
 def test_a_script_writes_what_it_prints(main, arguments, expected, tmp_path):

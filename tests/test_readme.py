@@ -74,6 +74,8 @@ class Reader:
             WITH_HEAD: DEMO,
             GEMMA_ID: GEMMA,
             ASSISTANT_ID: GEMMA / "assistant",
+            # A folder has the names of the others in its own.
+            "FILE": self._schema(),
             "FOLDER": folder,
             "MODEL": DEMO,
             PORT: self.port,
@@ -81,6 +83,11 @@ class Reader:
         for name, stand_in in stand_ins.items():
             command = re.sub(rf"\b{re.escape(name)}\b", str(stand_in), command)
         return command
+
+    def _schema(self) -> Path:
+        path = self._place / "schema.json"
+        path.write_text('{"enum": ["big", "small"]}')
+        return path
 
     def run(self, command: str, typed: str = "") -> str:
         """What a command prints; its folder is a conversion, or a new one."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import LogitsProcessor
 
 from .._options import MAX_DRAFT_TOKENS
-from ..grammars import Constraint, ConstraintProcessor, not_allowed
+from ..grammars import Constraint, ConstraintProcessor, GrammarError, not_allowed
 from ._acceptance import unguarded
 from ._plan import WIDTHS
 
@@ -50,10 +50,7 @@ class Lookahead:
         """Read those draft tokens that were not read yet, and go on by them."""
         for token in tokens[self.num_known :]:
             self.num_known += 1
-            if not self.is_lost:
-                # What is not allowed is rejected, and no row after it counts.
-                self.is_lost = not self._constraint.advance(int(token.item()))
-                self._num_seen += not self.is_lost
+            self._advance(int(token.item()))
             self._add_mask()
 
     def forget(self) -> None:
@@ -74,15 +71,28 @@ class Lookahead:
         if self.error is not None:
             self._constrained.fail(self.error)
 
+    def _advance(self, token: int) -> None:
+        if self.is_lost:
+            return
+        try:
+            # What is not allowed is rejected, and no row after it counts.
+            self.is_lost = not self._constraint.advance(token)
+            self._num_seen += not self.is_lost
+        except GrammarError as error:
+            self._fail(error)
+
     def _add_mask(self) -> None:
         mask = None
         if not self.is_lost:
             try:
                 mask = self._constraint.mask()
-            except Exception as error:
-                # It ends its own sequence, once the rows of all are judged.
-                self.error, self.is_lost = error, True
+            except GrammarError as error:
+                self._fail(error)
         self.masks.append(mask)
+
+    def _fail(self, error: GrammarError) -> None:
+        """Let the error end its own sequence, once the rows of all are judged."""
+        self.error, self.is_lost = error, True
 
 
 class Constrained:
@@ -95,7 +105,7 @@ class Constrained:
     def __init__(self, processor: Any):
         inner: Any = unguarded(processor)
         self.constraint: Constraint = inner.constraint
-        self.error: Exception | None = None
+        self.error: GrammarError | None = None
         self._report = getattr(processor, "report", None)
 
     @property
@@ -105,8 +115,13 @@ class Constrained:
 
     def advance(self, token: int) -> None:
         """Go on by a token that is emitted."""
-        if self.error is None and not self.constraint.advance(token):
-            self.error = not_allowed(token)
+        if self.error is not None:
+            return
+        try:
+            if not self.constraint.advance(token):
+                self.error = not_allowed(token)
+        except GrammarError as error:
+            self.error = error
 
     def num_forced(self, is_known: bool) -> int:
         """How many tokens are certain.

@@ -67,8 +67,7 @@ class Matcher:
             GrammarError: If it is too complex here.
         """
         mask = self._matcher.compute_bitmask()
-        if error := self._matcher.get_error():
-            raise GrammarError(f"the grammar is too complex: {_first_line(error)}")
+        self._check()
         return mask
 
     def forced(self) -> list[int]:
@@ -78,10 +77,21 @@ class Matcher:
         return list(ends) if len(ends) == 1 else []
 
     def advance(self, token: int) -> bool:
-        return self._matcher.try_consume_tokens([token]) == 1
+        """Go on by a token; False if it is not allowed.
+
+        Raises:
+            GrammarError: If it is too complex here.
+        """
+        is_allowed = self._matcher.try_consume_tokens([token]) == 1
+        self._check()
+        return is_allowed
 
     def roll_back(self, num_tokens: int) -> None:
         self._matcher.rollback(num_tokens)
+
+    def _check(self) -> None:
+        if error := self._matcher.get_error():
+            raise GrammarError(f"the grammar is too complex: {_first_line(error)}")
 
 
 def _first_line(error: str) -> str:

@@ -31,7 +31,11 @@ class Constraint(Protocol):
         ...
 
     def advance(self, token: int) -> bool:
-        """Go on by a token; False, and where it was, if the token is not allowed."""
+        """Go on by a token; False, and where it was, if the token is not allowed.
+
+        Raises:
+            GrammarError: If the grammar is too complex here.
+        """
         ...
 
     def roll_back(self, num_tokens: int) -> None:

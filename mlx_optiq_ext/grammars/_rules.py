@@ -13,8 +13,13 @@ from ._lark import LarkWriter, alternatives
 from ._matcher import Grammar
 from ._schemas import place_of_error
 from ._sources import Source, together
+from ._trial import check_cost
 from ._vocabulary import Vocabulary
 
+OWN_MARKERS = (
+    "not supported for this model, whose template sets the parts of a reply apart by "
+    "markers of its own"
+)
 # The end of a prompt is that of the template if it is within so many tokens.
 TAIL = 11
 
@@ -59,6 +64,8 @@ class ReplyRules:
     """
 
     def __init__(self, shape: Shape, tokenizer: Any):
+        if shape.needs_grammar and getattr(tokenizer, "response_transitions", None):
+            raise GrammarError(OWN_MARKERS)
         vocabulary = Vocabulary.of(tokenizer)
         self.tokenizer = tokenizer
         self._rules = Rules(
@@ -152,6 +159,9 @@ def _compiled_calls(
     for tool in shape.tools:
         if tool.is_strict:
             _check_tool(tool, vocabulary)
+        else:
+            source = Source("json_schema", tool.schema, tool.is_strict)
+            check_cost(together("start: @tool", [source.named("tool")]))
     try:
         return Grammar(writer.text(grammar), vocabulary)
     except GrammarError:
@@ -180,18 +190,19 @@ def compiled(source: Source, vocabulary: Vocabulary) -> Grammar:
         GrammarError: If it is malformed, not supported or too complex.
     """
 
-    def compile_it(source: Source) -> Grammar:
-        return Grammar(together("start: @answer", [source.named("answer")]), vocabulary)
+    def text_of(source: Source) -> str:
+        return together("start: @answer", [source.named("answer")])
 
     def error_of(schema: Any) -> str:
         try:
-            compile_it(replace(source, content=schema))
+            Grammar(text_of(replace(source, content=schema)), vocabulary)
         except GrammarError as error:
             return error.reason
         return ""
 
+    check_cost(text_of(source))
     try:
-        return compile_it(source)
+        return Grammar(text_of(source), vocabulary)
     except GrammarError as error:
         if source.kind != "json_schema" or not isinstance(source.content, dict):
             raise

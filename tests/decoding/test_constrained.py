@@ -233,3 +233,63 @@ def test_replies_are_what_was_asked_for(demo: Any, rules: ReplyRules) -> None:
     found = generated(demo, rules, spec_generate_step)
     value = json.loads(demo[1].decode([token for token, *_ in found[:-1]]))
     assert set(value) == set(PERSON["properties"])
+
+
+class TooComplex:
+    """A constraint that cannot go on after some tokens."""
+
+    def __init__(self, num_tokens: int):
+        self.num_left = num_tokens
+
+    def mask(self) -> bytes | None:
+        if self.num_left <= 0:
+            raise GrammarError("the grammar is too complex")
+        return None
+
+    def forced(self) -> list[int]:
+        return []
+
+    def advance(self, token: int) -> bool:
+        self.num_left -= 1
+        return True
+
+    def roll_back(self, num_tokens: int) -> None:
+        self.num_left += num_tokens
+
+    def is_idle(self, num_tokens: int) -> bool:
+        return False
+
+
+def test_a_grammar_that_turns_out_too_complex_ends_its_own_sequence(demo: Any) -> None:
+    model, tokenizer = demo
+    generator = SpeculativeBatchGenerator(
+        model, stop_tokens=[[token] for token in tokenizer.eos_token_ids]
+    )
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
+    processors: list[Any] = [[ConstraintProcessor(TooComplex(9))], []]
+    uids = generator.insert(prompts, [MAX_TOKENS] * 2, logits_processors=processors)
+    found: dict[int, list[int]] = {uid: [] for uid in uids}
+    errors = []
+    while True:
+        try:
+            responses = generator.next_generated()
+        except GrammarError as error:
+            errors.append(error)
+            continue
+        if not responses:
+            break
+        for response in responses:
+            found[response.uid].append(response.token)
+    assert len(errors) == 1
+    assert len(found[uids[0]]) == 9
+    free = generate_step(mx.array(prompts[1]), model, max_tokens=MAX_TOKENS)
+    assert found[uids[1]] == [token for token, _ in until_the_end(demo, free)]
+
+
+def test_copies_of_the_context_follow_the_grammar(demo: Any, rules: ReplyRules) -> None:
+    prompt = '{"full_name": "name", "age_in_years": 100, "favourite' * 2
+    plain = generated(demo, rules, generate_step, prompt=prompt)
+    found = generated(
+        demo, rules, spec_generate_step, prompt=prompt, prompt_lookup=True
+    )
+    assert_same_tokens(plain, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -266,3 +267,23 @@ def test_a_processor_refuses_what_the_grammar_does_not_allow(
     processor(mx.array([7]), logits)
     with pytest.raises(GrammarError, match="token 8 was drawn"):
         processor(mx.array([7, 8]), logits)
+
+
+def test_markers_between_the_parts_of_a_reply_are_not_supported(
+    tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transitions = {"normal": [("<|open|>", "normal")]}
+    kind = type(tokenizer)
+    monkeypatch.setattr(kind, "response_transitions", transitions, raising=False)
+    with pytest.raises(GrammarError, match="markers of its own"):
+        of_schema(tokenizer)
+    assert rules(tokenizer, max_thinking_tokens=3).begin().is_idle(9)
+
+
+def test_budgets_do_without_llguidance(
+    thinker: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    constraint = rules(thinker, max_thinking_tokens=0).begin(in_thought=True)
+    assert allowed(constraint) == set(thinker.think_end_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,24 @@ def test_a_budget_and_a_structure_go_together(strict: ServerProcess) -> None:
     message = reply.choices[0].message
     assert message.reasoning_content == "abcd"
     assert message.content.startswith('{"name": "')
+
+
+def test_a_hostile_schema_keeps_nobody_waiting(server: ServerProcess) -> None:
+    """It is compiled on trial in a process that is ended."""
+    errors: list[openai.BadRequestError] = []
+
+    def ask_hostile() -> None:
+        try:
+            hostile = {"type": "integer", "multipleOf": 999983}
+            chat(server, extra_body={"guided_json": hostile})
+        except openai.BadRequestError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask_hostile)
+    thread.start()
+    create: Any = server.openai().chat.completions.create
+    for _ in range(3):
+        reply = create(model="gpt-x", messages=asked("fine"))
+        assert reply.choices[0].message.content == "fine"
+    thread.join()
+    assert "guided_json: the grammar is too complex" in errors[0].message
