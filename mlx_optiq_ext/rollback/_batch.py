@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
 
 from .._errors import SpeculationError
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
+from ._rows import hold
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
 from ._transaction import check_entries
 
@@ -245,7 +246,7 @@ class Batch:
         if self._tape is not None and self._tape.rows:
             index = num_rows.astype(mx.int32)
             for entry, rows in zip(self._states, self._recorded().rows, strict=True):
-                entry.held = rows.keeping(index)
+                hold(entry, rows.keeping(index))
         elif not is_all:
             states = self._recorded().replayed(num_rows, slice(None))
             for entry, replayed in zip(self._states, states, strict=True):

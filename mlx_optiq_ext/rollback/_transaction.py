@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 from .._errors import SpeculationError
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
+from ._rows import held_by, hold
 
 Forward = Callable[[list[Any], int], Any]
 
@@ -81,14 +82,23 @@ class _Recurrent:
 
     def __init__(self, entry: ArraysCache):
         self.entry = entry
-        self._state = list(entry.cache), entry.left_padding, entry.lengths
+        self._held = held_by(entry)
+        self._states = [] if self._held else list(entry.cache)
+        self._padding = entry.left_padding, entry.lengths
 
     def keep(self, num_rows: int) -> None:
         """Do nothing, because the transaction sets the states of all such entries."""
 
     def restore(self) -> None:
-        states, self.entry.left_padding, self.entry.lengths = self._state
-        self.entry.cache = list(states)
+        self.entry.left_padding, self.entry.lengths = self._padding
+        if self._held is None:
+            self.entry.cache = list(self._states)
+        else:
+            hold(self.entry, self._held)
+
+    def settle(self) -> None:
+        if held_by(self.entry) is not None:
+            self.entry.cache = self.entry.cache
 
 
 class _Listed:
@@ -248,10 +258,9 @@ class Transaction:
             self._keep(num_rows)
 
     def settle(self) -> None:
-        """Let entries own their states, which may be parts of those after every row."""
-        for part in self._recurrent if self._tape and self._tape.rows else []:
-            states = part.entry.cache
-            part.entry.cache = [x if x is None else mx.contiguous(x) for x in states]
+        """Let entries hold the states that count, and none of other rows."""
+        for part in self._recurrent:
+            part.settle()
 
     def _keep(self, num_rows: int) -> None:
         for part in self._parts:
