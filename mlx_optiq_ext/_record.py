@@ -27,6 +27,7 @@ class ModelRecord:
         draft_vocabulary (Any): The part of the vocabulary that was last drafted from.
         round_times (dict): The seconds that rounds take, by what drafts in them and for
             about how many sequences.
+        packed (list): The modules of which projections were packed.
         served (Any): The settings with which a server decodes the model's sequences.
     """
 
@@ -37,6 +38,7 @@ class ModelRecord:
     drafter_source: str | None = None
     draft_vocabulary: Any = None
     round_times: dict[Any, Any] = field(default_factory=dict)
+    packed: list[Any] = field(default_factory=list)
     served: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from ..drafters import (
     SeparateSessions,
     together,
 )
+from ..mixins import packing, prepare_projections
 from ._caches import Caches, JointCaches, SeparateCaches
 from ._depth import Depth, round_times
 from ._pass import BatchProposals, Pass
@@ -93,6 +94,7 @@ class Loop:
         self._depth = depth
         self._options = options
         self._timer = RoundTimer()
+        prepare_projections(model)
         self._must_be_separate = False
         self._vocab_size = 0
         self.clear()
@@ -128,6 +130,7 @@ class Loop:
         if not self.sequences:
             self.clear()
 
+    @packing()
     def turn(self) -> Turn:
         """One turn: what the pass under way emits, and the next one under way.
 
