@@ -82,6 +82,7 @@ def test_a_good_report_reads_in_a_few_lines(report):
         "backend         cpu (abacus)",
         "row-exact       yes: a row has the same bits alone and among up to 9",
         "measured        linear layers, 4-bit; attention, head size 256; recurrence",
+        "MTP heads       kept in the bits of their model; --mtp-bits sets others",
     ]
 
 

@@ -33,6 +33,7 @@ def spec_generate_step(
     drafter: Drafter | nn.Module | None = None,
     num_draft_tokens: NumDraftTokens = "auto",
     draft_vocab: DraftVocab | None = None,
+    mtp_bits: int | None = None,
     stats: SpeculationStats | None = None,
     seed: int | None = None,
     max_tokens: int = 256,
@@ -61,6 +62,9 @@ def spec_generate_step(
         draft_vocab (int or path, optional): Let an MTP head propose only so many
           tokens, or those whose ids a file has, one a line or as a JSON list. Default:
           any token.
+        mtp_bits (int, optional): Bits that an MTP head which is stored in full is
+          quantised with when it is loaded; 0 keeps it as it is. Default: those of the
+          target.
         stats (SpeculationStats, optional): Counts what happens.
         seed (int, optional): Decides what is sampled, whatever is drafted. Default: the
           global generator decides.
@@ -80,7 +84,7 @@ def spec_generate_step(
     """
     check_num_draft_tokens(num_draft_tokens)
     _check_prompt(prompt, model, input_embeddings)
-    drafter = limit_drafts(as_drafter(drafter, model), draft_vocab)
+    drafter = limit_drafts(as_drafter(drafter, model, mtp_bits=mtp_bits), draft_vocab)
     options = CacheOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     sequence_options = SequenceOptions(
         num_draft_tokens, SpeculationStats() if stats is None else stats, seed

@@ -137,20 +137,23 @@ def take_request(
         stats, seed = request.stats, request.seed
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
     draft_vocab = options.pop("draft_vocab", None)
+    mtp_bits = options.pop("mtp_bits", None)
     if mtp is False:
         mtp = None
     _check_one({"mtp": mtp, "draft": draft, "draft_model": draft_model})
     if mtp is None and draft is None:
         if draft_vocab is not None:
             raise ValueError("draft_vocab needs mtp=True or mtp=PATH.")
+        if mtp_bits is not None:
+            raise ValueError("mtp_bits needs mtp=True or mtp=PATH.")
         return draft_model and rescued(model, draft_model, options)
     num_draft_tokens = options.pop("num_draft_tokens", None)
     if num_draft_tokens is not None:
         check_num_draft_tokens(num_draft_tokens)
     if draft is not None:
-        drafter = as_drafter(draft, model, argument="draft")
+        drafter = as_drafter(draft, model, argument="draft", mtp_bits=mtp_bits)
     else:
-        attach_mtp(model, _check_mtp(mtp))
+        attach_mtp(model, _check_mtp(mtp), mtp_bits)
         drafter = MTPDrafter(model)
     drafter = limit_drafts(drafter, draft_vocab)
     return Speculation(drafter, num_draft_tokens, stats, seed)

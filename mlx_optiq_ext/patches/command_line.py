@@ -8,6 +8,7 @@ from typing import Any
 
 from .._errors import SpeculationError
 from .._options import (
+    MTP_BITS,
     NumDraftTokens,
     check_draft_vocab,
     check_num_draft_tokens,
@@ -32,6 +33,10 @@ DRAFT_VOCAB_HELP = (
     "with the lowest ids) or those whose ids a file has, one a line or as a JSON list. "
     "Drafts cost less, and the output stays the same."
 )
+MTP_BITS_HELP = (
+    "Bits of the MTP head's layers, if it is stored in full: 0 keeps it so. By default "
+    "it is quantised as the model is when it is loaded, which makes drafts cheaper."
+)
 # This command gets no --draft: of all that --draft accepts, only an ordinary draft
 # model keeps anything of a prompt.
 WITHOUT_DRAFT = "mlx_lm.cache_prompt"
@@ -53,10 +58,13 @@ class SpeculationParser(argparse.ArgumentParser):
             self.error("argument --num-draft-tokens: auto needs --mtp or --draft")
         elif getattr(parsed, "draft_vocab", None) is not None:
             self.error("argument --draft-vocab: needs --mtp")
+        elif getattr(parsed, "mtp_bits", None) is not None:
+            self.error("argument --mtp-bits: needs --mtp")
         if (request := current.get()) is not None:
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
             request.draft_vocab = getattr(parsed, "draft_vocab", None)
+            request.mtp_bits = getattr(parsed, "mtp_bits", None)
         if parsed.num_draft_tokens is None:
             is_ours = parsed.mtp or draft is not None
             parsed.num_draft_tokens = "auto" if is_ours else self.num_draft_tokens
@@ -118,6 +126,9 @@ def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
         parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
         parser.add_argument(
             "--draft-vocab", type=_draft_vocab, metavar="N|FILE", help=DRAFT_VOCAB_HELP
+        )
+        parser.add_argument(
+            "--mtp-bits", type=int, choices=MTP_BITS, help=MTP_BITS_HELP
         )
 
 
