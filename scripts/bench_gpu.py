@@ -1,7 +1,7 @@
 """Measure what speculation gains on a GPU, for models of several shapes.
 
 Weights are random, and the acceptance is dialled: it says nothing about any trained
-drafter, but the drafter runs as it would. What is compared is run in turns, with pauses,
+drafter, but the drafter runs as it would. What is compared runs in turns, with pauses,
 because the speed of a host drifts; ratios are of neighbours. Where drafts are always
 wrong, the automatic number of draft tokens has to find that out, from nothing.
 

@@ -4,7 +4,8 @@ On CUDA the host queues a product of two or more rows more slowly than the devic
 computes it. Rows of a product are independent, so projections that read the same input
 are one product with their weights below each other. The weights of the layers become
 parts of that array: nothing is held twice, and whoever else reads them sees the same
-numbers. Only passes of speculation use it; mlx-lm's own decoding does not.
+numbers. Only passes of speculation use it; mlx-lm's own decoding does not. Products of
+quantised weights are queued faster and take the device longer, so those stay apart.
 """
 
 from __future__ import annotations
@@ -20,16 +21,11 @@ import mlx.nn as nn
 
 from .._record import record_of
 
-# Names of layers that read the same input, the larger groups first.
+# Names of layers that read the same input.
 GROUPS = (
     ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
     ("gate_proj", "up_proj"),
 )
-ARRAYS = ("weight", "scales", "biases")
-# Products of quantised weights are slow unless their rows fill tiles of this size.
-TILE = 128
 
 _is_packing: ContextVar[bool] = ContextVar("is_packing", default=False)
 
@@ -51,30 +47,17 @@ class Pack:
     called with the very same array next.
 
     Args:
-        layers (Sequence[nn.Module]): Linear layers, all quantised alike or none, whose
-            weights become parts of one array.
+        layers (Sequence[nn.Linear]): Layers whose weights become parts of one array.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]):
-        self._arrays = {
-            name: mx.concatenate([layer[name] for layer in layers])
-            for name in ARRAYS
-            if name in layers[0]
-        }
-        mx.eval(self._arrays)
+    def __init__(self, layers: Sequence[nn.Linear]):
+        self._weight = mx.concatenate([layer.weight for layer in layers])
         sizes = [layer.weight.shape[0] for layer in layers]
-        self._ends = list(accumulate(sizes))
-        self._parts = []
-        for layer, end, size in zip(layers, self._ends, sizes, strict=True):
-            parts = {name: x[end - size : end] for name, x in self._arrays.items()}
-            mx.eval(parts)
-            layer.update(parts)
-            self._parts.append(parts["weight"])
-        self._quantization = {
-            name: getattr(layers[0], name)
-            for name in ("group_size", "bits", "mode")
-            if hasattr(layers[0], name)
-        }
+        self._ends = list(accumulate(sizes))[:-1]
+        self._parts = mx.split(self._weight, self._ends)
+        mx.eval(self._parts)
+        for layer, part in zip(layers, self._parts, strict=True):
+            layer.weight = part
         self._input: mx.array | None = None
         self._outputs: dict[int, mx.array] = {}
 
@@ -90,19 +73,12 @@ class Pack:
             x (mx.array): Its input, ``[..., num_inputs]``.
         """
         if self._input is not x or index not in self._outputs:
-            parts = mx.split(self._product(x), self._ends[:-1], axis=-1)
+            parts = mx.split(x @ self._weight.T, self._ends, axis=-1)
             self._input, self._outputs = x, dict(enumerate(parts))
         output = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
         return output
-
-    def _product(self, x: mx.array) -> mx.array:
-        if self._quantization:
-            return mx.quantized_matmul(
-                x, *self._arrays.values(), transpose=True, **self._quantization
-            )
-        return x @ self._arrays["weight"].T
 
 
 class PackedLinear(nn.Linear):
@@ -115,24 +91,6 @@ class PackedLinear(nn.Linear):
         if _is_packing.get() and pack.owns(index, self.weight):
             return pack.project(index, x)
         return super().__call__(x)
-
-
-class PackedQuantizedLinear(nn.QuantizedLinear):
-    """A quantised linear layer that may be computed with others."""
-
-    _pack: tuple[Pack, int]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        pack, index = self._pack
-        if _is_packing.get() and pack.owns(index, self.weight):
-            return pack.project(index, x)
-        return super().__call__(x)
-
-
-_CLASSES: dict[type, type] = {
-    nn.Linear: PackedLinear,
-    nn.QuantizedLinear: PackedQuantizedLinear,
-}
 
 
 def prepare_projections(model: nn.Module) -> None:
@@ -163,27 +121,16 @@ def pack_projections(module: nn.Module) -> None:
                 _pack(layers)
 
 
-def _pack(layers: list[nn.Module]) -> None:
+def _pack(layers: list[nn.Linear]) -> None:
     pack = Pack(layers)
     for index, layer in enumerate(layers):
         # nn.Module.__setattr__ is bypassed, as it makes parameters of what it gets.
         object.__setattr__(layer, "_pack", (pack, index))
-        layer.__class__ = _CLASSES[type(layer)]
+        layer.__class__ = PackedLinear
 
 
 def _are_alike(layers: list[nn.Module]) -> bool:
     """Whether layers can be one product, and are not part of one."""
-    first = layers[0]
-    if type(first) not in _CLASSES or any("bias" in layer for layer in layers):
+    if any(type(layer) is not nn.Linear or "bias" in layer for layer in layers):
         return False
-    if any(_kind(layer) != _kind(first) for layer in layers):
-        return False
-    sizes = [layer.weight.shape[0] for layer in layers]
-    is_quantized = type(first) is nn.QuantizedLinear
-    return not is_quantized or sum(sizes) % TILE == 0 or max(sizes) < TILE
-
-
-def _kind(layer: Any) -> tuple[Any, ...]:
-    weight = layer.weight
-    quantization = [getattr(layer, x, None) for x in ("group_size", "bits", "mode")]
-    return type(layer), weight.shape[1:], weight.dtype, *quantization
+    return len({(layer.weight.shape[1], layer.weight.dtype) for layer in layers}) == 1
