@@ -1,6 +1,7 @@
 """Sends a server and mlx-lm's own the same requests, and compares what they say.
 
 python scripts/differential_server.py [--requests N] [--seed N] [--speculate]
+    [--family gemma --clients 1] [--control]
 
 The requests are greedy and well formed, for chat completions and for completions. Text,
 tokens with their log probabilities, numbers of tokens and the reason of the end have to
@@ -11,6 +12,10 @@ be equal. Two things are known to differ, and are kept out of the comparison:
   says without it, up to there.
 - A penalty of a request with a seed does not see, in that server, the part of a prompt
   that is in the cache. Such a prompt begins with a number that no other begins with.
+
+Where rows of a batch are padded, as those of Gemma-4, the last bits of probabilities
+depend on what else is in the batch, in mlx-lm's own server as well: ``--control`` shows
+it. With one client nothing is left to chance.
 """
 
 from __future__ import annotations
@@ -193,12 +198,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", default="qwen")
     parser.add_argument("--speculate", action="store_true")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument(
+        "--control", action="store_true", help="compare mlx-lm's server with itself"
+    )
     args = parser.parse_args()
     chance = random.Random(args.seed)
     flags = speculation_flags(args.family) if args.speculate else ()
     requests = [make_request(chance) for _ in range(args.requests)]
-    with Served(args.family, *flags) as served, Served(args.family, off=True) as stock:
-        with ThreadPoolExecutor(4) as pool:
+    with (
+        Served(args.family, *flags, off=args.control) as served,
+        Served(args.family, off=True) as stock,
+    ):
+        with ThreadPoolExecutor(args.clients) as pool:
             found = pool.map(lambda each: compare(served, stock, *each), requests)
             problems = [problem for problem in found if problem]
         problems += served.tracebacks()

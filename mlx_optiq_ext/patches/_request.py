@@ -25,6 +25,7 @@ class Request:
         draft_vocab (int or str, optional): The number of tokens that the head may
           propose, or a file with their ids.
         mtp_bits (int, optional): Bits that the head is kept in.
+        prompt_lookup (bool): Whether what stands in the context is copied as well.
         stats (SpeculationStats, optional): The counts to add to.
         seed (int, optional): The seed of what is sampled.
         batch (BatchSpeculation, optional): How the sequences of the batch generator
@@ -36,13 +37,14 @@ class Request:
     num_draft_tokens: NumDraftTokens | None = None
     draft_vocab: int | str | None = None
     mtp_bits: int | None = None
+    prompt_lookup: bool = False
     stats: Any = None
     seed: int | None = None
     batch: Any = None
 
     @property
     def is_speculative(self) -> bool:
-        return bool(self.mtp) or self.draft is not None
+        return bool(self.mtp) or self.draft is not None or self.prompt_lookup
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class Request:
             "num_draft_tokens": self.num_draft_tokens,
             "draft_vocab": self.draft_vocab,
             "mtp_bits": self.mtp_bits,
+            "prompt_lookup": self.prompt_lookup,
         }
 
 
@@ -73,6 +76,7 @@ def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         and "draft" not in kwargs
         and "draft_vocab" not in kwargs
         and "mtp_bits" not in kwargs
+        and "prompt_lookup" not in kwargs
         and kwargs.get("draft_model") is None
         and len(args) <= DRAFT_MODEL_POSITION
         and (request is None or not request.is_speculative)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
+from .. import _interrupts
 from .._options import AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
@@ -27,9 +27,8 @@ REMOTE_IMAGES_HELP = (
     "Fetch images that requests name by http(s) URLs, from public addresses only. "
     "Without this flag images have to be data: URLs"
 )
-INTERRUPTED_STATUS = 128 + signal.SIGINT  # as a shell reports it
 EXIT_STATUS = (
-    f"Exit status: {INTERRUPTED_STATUS} after Ctrl-C, 1 if the model cannot be loaded "
+    f"Exit status: {_interrupts.STATUS} after Ctrl-C, 1 if the model cannot be loaded "
     "or the address cannot be listened at, 2 for wrong arguments."
 )
 
@@ -85,7 +84,7 @@ class ServerParser(SpeculationParser):
         """Refuse what would make every request fail, and its client be blamed."""
         # The system listens at such a port without its upper bits.
         self._check_range("port", parsed.port, 0, MAX_PORT)
-        if not parsed.recommended_sampling:
+        if not (parsed.recommended_sampling or parsed.prompt_lookup):
             return
         for name, (least, most) in LIMITS.items():
             self._check_range(name, getattr(parsed, name), least, most)
@@ -117,6 +116,10 @@ class ServerParser(SpeculationParser):
 
             # Requests in a batch share no draft model: mlx-lm serves them one by one.
             if is_draft_model(parsed.draft):
+                if parsed.prompt_lookup:
+                    self.error(
+                        "argument --prompt-lookup: not allowed with a draft model"
+                    )
                 if parsed.draft_vocab is not None:
                     self.error("argument --draft-vocab: needs --mtp")
                 if parsed.mtp_bits is not None:

@@ -75,6 +75,35 @@ def _batching() -> tuple[Patch, ...]:
     )
 
 
+def _rows_apart() -> tuple[Patch, ...]:
+    """List the seams where mlx-lm computes several rows unlike one row."""
+    wrappers = f"{_HERE}.models"
+    classes = {
+        "bailing_hybrid": "MultiLatentAttention",
+        "bailing_moe_v3": "BailingMLA",
+        "deepseek_v3": "DeepseekV3Attention",
+        "deepseek_v32": "DeepseekV32Attention",
+        "glm4_moe_lite": "Glm4MoeLiteAttention",
+        "kimi_k3": "KimiK3MLAAttention",
+        "kimi_linear": "KimiMLAAttention",
+        "longcat_flash": "LongcatFlashMLA",
+        "mistral4": "Mistral4Attention",
+    }
+    parameters = ("hidden_states", "A_log", "B", "C", "dt", "state", "mask")
+    return (
+        Patch("mlx_lm.models.ssm", "ssm_update", f"{wrappers}:ssm_update", parameters),
+        *(
+            Patch(
+                f"mlx_lm.models.{module}",
+                f"{name}.__call__",
+                f"{wrappers}:latent_attention",
+                ("x", "mask", "cache"),
+            )
+            for module, name in classes.items()
+        ),
+    )
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "mlx_lm.utils",
@@ -126,6 +155,7 @@ PATCHES: tuple[Patch, ...] = (
         f"{_HERE}.models:scaled_dot_product_attention",
         ("queries", "keys", "values", "cache", "scale", "mask", "sinks"),
     ),
+    *_rows_apart(),
     *_command_line("generate"),
     *_command_line("chat"),
     *_command_line("benchmark"),

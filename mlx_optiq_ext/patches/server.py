@@ -15,11 +15,10 @@ from typing import Any, NoReturn
 
 import wrapt
 
+from .. import _interrupts
 from .._errors import SpeculationError
-from ._server_flags import INTERRUPTED_STATUS, ServerParser
+from ._server_flags import ServerParser
 
-# What a shell expects of a program that an interrupt ended.
-INTERRUPTED = ("Stopped.", INTERRUPTED_STATUS)
 UNGUARDED = "Anyone who reaches {} can use this server: it has no --api-key"
 
 
@@ -88,9 +87,10 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     module: Any = sys.modules[wrapped.__module__]
     module.argparse = _Argparse(argparse)
     try:
+        _interrupts.release()
         return wrapped(*args, **kwargs)
     except KeyboardInterrupt:
-        end_process(*INTERRUPTED)
+        end_process(_interrupts.LINE, _interrupts.STATUS)
     except (SpeculationError, OSError) as exc:
         end_process(f"error: {exc}", 1)
     finally:

@@ -1,5 +1,6 @@
 """Taking back what a forward pass did to a cache."""
 
+from ._apart import attend_apart, rows_are_apart, update_in_order
 from ._batch import Batch
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence, recorder
 from ._rows import MAX_ROWS, RowStates, can_keep_rows, mix_rows
@@ -12,6 +13,7 @@ __all__ = [
     "RowStates",
     "Tape",
     "Transaction",
+    "attend_apart",
     "can_keep_rows",
     "check_entries",
     "has_known_recurrence",
@@ -19,5 +21,7 @@ __all__ = [
     "own_rows",
     "prepare_recurrence",
     "recorder",
+    "rows_are_apart",
     "share_rows",
+    "update_in_order",
 ]

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._apart import LATENT_ATTENTION
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
 from ._rows import hold
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
@@ -205,6 +206,11 @@ class Batch:
                 raise SpeculationError(
                     "Cannot speculate for several sequences in one pass: "
                     f"{type(module).__name__} of {name} needs one offset for all."
+                )
+            if LATENT_ATTENTION in module:
+                raise SpeculationError(
+                    "Cannot speculate for several sequences in one pass: the latent "
+                    f"attention of {name} computes several rows unlike one row."
                 )
 
     def _made(self, entry: Any) -> Any:

@@ -25,6 +25,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._apart import apart
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
 from ._rows import held_by, hold
@@ -229,9 +230,9 @@ class Transaction:
         self._num_rows = self._num_kept = num_rows
         tape = self._tape
         if tape is None or (num_rows == 1 and not tape.is_needed_for_one_row):
-            return self._forward(num_rows)
+            return self._run(num_rows)
         with tape.recording():
-            return self._forward(num_rows)
+            return self._run(num_rows)
 
     def keep(self, num_rows: int) -> None:
         """Roll back every row after the first ones.
@@ -254,13 +255,17 @@ class Transaction:
             self._tape.replay(entries, num_rows)
         else:
             self._keep(0)
-            self._forward(num_rows)
+            self._run(num_rows)
             self._keep(num_rows)
 
     def settle(self) -> None:
         """Let entries hold the states that count, and none of other rows."""
         for part in self._recurrent:
             part.settle()
+
+    def _run(self, num_rows: int) -> Any:
+        with apart():
+            return self._forward(num_rows)
 
     def _keep(self, num_rows: int) -> None:
         for part in self._parts:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from mlx_lm import server
 
-from tests.commands import Commands
 from tests.helpers import DEMO
+from tests.processes import run_command
 
 MODEL = ("--model", str(DEMO))
 WRONG = [
@@ -33,21 +32,11 @@ WRONG = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start no server in the process of the tests if a value is accepted."""
-
-    def accept(*_: object) -> None:
-        pytest.fail("the arguments were accepted")
-
-    monkeypatch.setattr(server, "run", accept)
-
-
 @pytest.mark.parametrize(("flag", "value", "expected"), WRONG)
 def test_a_value_that_no_request_can_be_served_with_is_a_usage_error(
-    commands: Commands, flag: str, value: str, expected: str
+    flag: str, value: str, expected: str
 ) -> None:
-    code, _, error = commands.run("server", *MODEL, "--mtp", f"{flag}={value}")
+    code, _, error = run_command("server", *MODEL, "--mtp", f"{flag}={value}")
     assert code == 2
     line = error.splitlines()[-1]
     assert f"error: argument {flag}: " in line
@@ -55,19 +44,26 @@ def test_a_value_that_no_request_can_be_served_with_is_a_usage_error(
     assert value in line or flag == "--chat-template-args"
 
 
+@pytest.mark.parametrize("flag", ["--prompt-lookup", "--recommended-sampling"])
+def test_values_are_checked_with_any_flag_that_changes_decoding(flag: str) -> None:
+    code, _, error = run_command("server", *MODEL, flag, "--top-p", "7")
+    assert code == 2
+    assert "argument --top-p: expected 0 to 1, got 7.0" in error
+
+
 @pytest.mark.parametrize("port", ["65536", "99999", "-1"])
 @pytest.mark.parametrize("flags", [(), ("--mtp",)])
 def test_a_port_that_there_is_none_of_is_a_usage_error(
-    commands: Commands, flags: tuple[str, ...], port: str
+    flags: tuple[str, ...], port: str
 ) -> None:
-    code, _, error = commands.run("server", *MODEL, f"--port={port}", *flags)
+    code, _, error = run_command("server", *MODEL, f"--port={port}", *flags)
     assert code == 2
     expected = f"error: argument --port: expected 0 to 65535, got {port}"
     assert error.splitlines()[-1].endswith(expected)
 
 
 @pytest.mark.parametrize("size", ["lots", "-5", "5KB", ""])
-def test_a_size_that_is_none_is_a_usage_error(commands: Commands, size: str) -> None:
-    code, _, error = commands.run("server", *MODEL, f"--prompt-cache-bytes={size}")
+def test_a_size_that_is_none_is_a_usage_error(size: str) -> None:
+    code, _, error = run_command("server", *MODEL, f"--prompt-cache-bytes={size}")
     assert code == 2
     assert f"expected a size like 4GB, got {size!r}" in error.splitlines()[-1]
