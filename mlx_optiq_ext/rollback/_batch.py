@@ -7,6 +7,7 @@ them is never read, and what is before them is what plain decoding would have co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from ._apart import LATENT_ATTENTION
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
 from ._rows import hold
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
+from ._split import splitting
 from ._transaction import check_entries
 
 # Modules of mlx-lm, and classes in them, that need the offset as a number.
@@ -106,9 +108,8 @@ class Batch:
         self._before_array = self._offsets.array
         self._tape = Tape() if self._states else None
         try:
-            if self._tape is None:
-                return forward(self.entries, num_rows)
-            with self._tape.recording():
+            recording = nullcontext() if not self._tape else self._tape.recording()
+            with recording, splitting():
                 return forward(self.entries, num_rows)
         finally:
             self._offsets.set(

@@ -29,6 +29,7 @@ from ._apart import apart
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
 from ._rows import held_by, hold
+from ._split import splitting
 
 Forward = Callable[[list[Any], int], Any]
 
@@ -264,7 +265,7 @@ class Transaction:
             part.settle()
 
     def _run(self, num_rows: int) -> Any:
-        with apart():
+        with apart(), splitting():
             return self._forward(num_rows)
 
     def _keep(self, num_rows: int) -> None:
