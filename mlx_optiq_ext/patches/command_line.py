@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from .._errors import SpeculationError
+from .._errors import GrammarError, SpeculationError
 from .._options import (
     MTP_BITS,
     NumDraftTokens,
@@ -37,6 +39,12 @@ MTP_BITS_HELP = (
     "Bits of the MTP head's layers, if it is stored in full: 0 keeps it so. By default "
     "it is quantised as the model is when it is loaded, which makes drafts cheaper."
 )
+JSON_SCHEMA_HELP = (
+    "Let what is generated be JSON that the JSON schema in FILE describes. Needs the "
+    "extra 'structured'."
+)
+# The commands that generate a text for people.
+WITH_STRUCTURE = ("mlx_lm.generate", "mlx_lm.chat")
 PROMPT_LOOKUP_HELP = (
     "Speculate with what followed the last tokens where they occurred before, in the "
     "prompt or the output. It needs no drafter and works for every model; with one, "
@@ -76,6 +84,8 @@ class SpeculationParser(argparse.ArgumentParser):
             request.num_draft_tokens = parsed.num_draft_tokens
             request.draft_vocab = getattr(parsed, "draft_vocab", None)
             request.mtp_bits = getattr(parsed, "mtp_bits", None)
+            if (schema := getattr(parsed, "json_schema", None)) is not None:
+                request.structure = {"json_schema": schema}
             request.prompt_lookup = prompt_lookup
         if parsed.num_draft_tokens is None:
             parsed.num_draft_tokens = "auto" if is_ours else self.num_draft_tokens
@@ -112,6 +122,10 @@ def setup_arg_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     parser = wrapped(*args, **kwargs)
     parser.__class__ = SpeculationParser
     add_flags(parser, with_draft=wrapped.__module__ != WITHOUT_DRAFT)
+    if wrapped.__module__ in WITH_STRUCTURE:
+        parser.add_argument(
+            "--json-schema", type=_schema, metavar="FILE", help=JSON_SCHEMA_HELP
+        )
     return parser
 
 
@@ -155,6 +169,13 @@ def _draft_vocab(text: str) -> int | str:
     return draft_vocab
 
 
+def _schema(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+
+
 def _read_number(text: str) -> NumDraftTokens:
     if text == "auto":
         return "auto"
@@ -169,7 +190,11 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     token = current.set(Request())
     try:
         return wrapped(*args, **kwargs)
-    except SpeculationError as error:
+    except (SpeculationError, GrammarError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        if error.name != "llguidance":
+            raise
         sys.exit(f"error: {error}")
     finally:
         current.reset(token)
