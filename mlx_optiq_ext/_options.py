@@ -8,6 +8,8 @@ from typing import Any, Literal
 DraftVocab = int | str | os.PathLike[str]
 
 MAX_DRAFT_TOKENS = 8
+# Bits that an MTP head may be kept in; 0 leaves it as it is stored.
+MTP_BITS = (0, 2, 3, 4, 5, 6, 8)
 
 NumDraftTokens = int | Literal["auto"]
 
@@ -38,6 +40,22 @@ def check_num_draft_tokens(num_draft_tokens: Any) -> None:
         raise ValueError(
             "num_draft_tokens must be 'auto' or a whole number from 1 to "
             f"{MAX_DRAFT_TOKENS}, got {num_draft_tokens!r}."
+        )
+
+
+def check_mtp_bits(mtp_bits: Any) -> None:
+    """Check the bits that an MTP head is to be kept in.
+
+    Args:
+        mtp_bits (Any): What the caller passed.
+
+    Raises:
+        ValueError: If MLX has no kernels for so many.
+    """
+    if isinstance(mtp_bits, bool) or mtp_bits not in MTP_BITS:
+        expected = ", ".join(map(str, MTP_BITS[:-1]))
+        raise ValueError(
+            f"mtp_bits must be {expected} or {MTP_BITS[-1]}, got {mtp_bits!r}."
         )
 
 

@@ -92,6 +92,7 @@ def test_the_report_reads_in_a_few_lines_and_ends_with_a_verdict():
         "drafter",
         "layout",
         "norms",
+        "kept in",
         "memory",
         "exactness",
         "acceptance",

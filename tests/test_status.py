@@ -82,6 +82,7 @@ def test_a_good_report_reads_in_a_few_lines(report):
         "backend         cpu (abacus)",
         "row-exact       yes: a row has the same bits alone and among up to 9",
         "measured        linear layers, 4-bit; attention, head size 256; recurrence",
+        "MTP heads       kept in the bits of their model; --mtp-bits sets others",
     ]
 
 
@@ -109,7 +110,7 @@ def test_an_inexact_backend_is_said_to_be_so(report):
         "attention, head size 256": 4,
     }
     lines = render(report).splitlines()
-    assert lines[-6:] == [
+    assert lines[-7:-1] == [
         "row-exact       no: a row's bits depend on how many rows are computed at "
         "once,",
         "                so where two tokens are almost equally likely, speculation "

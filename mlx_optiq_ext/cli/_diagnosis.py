@@ -205,6 +205,7 @@ def _describe_drafter(
         "source": draft or mtp or record_of(model).head_source,
         **description,
         **_describe_weights(head),
+        "is_quantized_when_loaded": record_of(model).is_head_quantized,
     }
 
 

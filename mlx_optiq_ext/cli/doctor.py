@@ -92,7 +92,11 @@ def _render_drafter(drafter: Report) -> list[tuple[str, str]]:
         lines += [("", file) for file in drafter["files"]]
         lines.append(("layout", drafter["layout"]))
         lines.append(("norms", f"{drafter['norms']}: {drafter['norms_told_by']}"))
-    return [*lines, ("", _weights(drafter))] if "num_bytes" in drafter else lines
+    if "num_bytes" in drafter:
+        lines.append(("kept in", _weights(drafter)))
+    if drafter.get("is_quantized_when_loaded"):
+        lines.append(("", "stored in full; --mtp-bits 0 keeps it so"))
+    return lines
 
 
 def _weights(part: Report) -> str:

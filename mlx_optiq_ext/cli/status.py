@@ -112,6 +112,7 @@ def _render_backend(backend: Report) -> list[tuple[str, str]]:
     return [
         ("backend", f"{backend['name']} ({backend['device']})"),
         *_render_exactness(backend),
+        ("MTP heads", "kept in the bits of their model; --mtp-bits sets others"),
     ]
 
 

@@ -38,7 +38,8 @@ class SpeculativeBatchGenerator(BatchGenerator):
         num_draft_tokens (int or str): Tokens to draft in a pass for each sequence, 1 to
             8, or ``"auto"``: the number, 0 included, with which the most tokens of all
             sequences are measured to be generated in a second. Default: ``"auto"``.
-        draft_vocab (int or path, optional): As for ``spec_generate_step``.
+        draft_vocab (int or path, optional), mtp_bits (int, optional): As for
+            ``spec_generate_step``.
         prompt_lookup (bool): As for ``spec_generate_step``.
 
         The other arguments are those of ``BatchGenerator``.
@@ -55,6 +56,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         drafter: Drafter | nn.Module | None = None,
         num_draft_tokens: NumDraftTokens = "auto",
         draft_vocab: DraftVocab | None = None,
+        mtp_bits: int | None = None,
         prompt_lookup: bool = False,
         max_tokens: int = 128,
         stop_tokens: list[list[int]] | None = None,
@@ -79,7 +81,9 @@ class SpeculativeBatchGenerator(BatchGenerator):
             max_kv_size=max_kv_size,
             stream=stream,
         )
-        found = limit_drafts(as_drafter(drafter, model, prompt_lookup), draft_vocab)
+        found = limit_drafts(
+            as_drafter(drafter, model, prompt_lookup, mtp_bits=mtp_bits), draft_vocab
+        )
         self.speculate_with(found, num_draft_tokens, prompt_lookup)
 
     def speculate_with(

@@ -31,6 +31,7 @@ from ..drafters import (
     SeparateSessions,
     together,
 )
+from ..mixins import packing, prepare_projections
 from ._caches import Caches, JointCaches, SeparateCaches
 from ._depth import round_times
 from ._pass import BatchProposals, Pass
@@ -98,6 +99,7 @@ class Loop:
         self._planner = planner
         self._options = options
         self._timer = RoundTimer()
+        prepare_projections(model)
         self._must_be_separate = False
         self._vocab_size = 0
         self.clear()
@@ -133,6 +135,7 @@ class Loop:
         if not self.sequences:
             self.clear()
 
+    @packing()
     def turn(self) -> Turn:
         """One turn: what the pass under way emits, and the next one under way.
 

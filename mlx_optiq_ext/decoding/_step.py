@@ -34,6 +34,7 @@ def spec_generate_step(
     drafter: Drafter | nn.Module | None = None,
     num_draft_tokens: NumDraftTokens = "auto",
     draft_vocab: DraftVocab | None = None,
+    mtp_bits: int | None = None,
     prompt_lookup: bool = False,
     stats: SpeculationStats | None = None,
     seed: int | None = None,
@@ -63,6 +64,9 @@ def spec_generate_step(
         draft_vocab (int or path, optional): Let an MTP head propose only so many
           tokens, or those whose ids a file has, one a line or as a JSON list. Default:
           any token.
+        mtp_bits (int, optional): Bits that an MTP head which is stored in full is
+          quantised with when it is loaded; 0 keeps it as it is. Default: those of the
+          target.
         prompt_lookup (bool): Draft what followed the last tokens where they occurred
           before, in the prompt or the output: besides the drafter, or alone if none is
           given. It needs no model and works for every target.
@@ -85,7 +89,9 @@ def spec_generate_step(
     """
     check_num_draft_tokens(num_draft_tokens)
     _check_prompt(prompt, model, input_embeddings)
-    drafter = limit_drafts(as_drafter(drafter, model, prompt_lookup), draft_vocab)
+    drafter = limit_drafts(
+        as_drafter(drafter, model, prompt_lookup, mtp_bits=mtp_bits), draft_vocab
+    )
     options = CacheOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     sequence_options = SequenceOptions(
         num_draft_tokens,

@@ -55,8 +55,8 @@ class MTPHeadSource:
     def __init__(self, source: Source):
         self._source = os.fspath(source)
 
-    def bind(self, model: nn.Module) -> MTPDrafter:
-        attach_mtp(model, self._source)
+    def bind(self, model: nn.Module, mtp_bits: int | None = None) -> MTPDrafter:
+        attach_mtp(model, self._source, mtp_bits)
         return MTPDrafter(model)
 
 
@@ -79,6 +79,7 @@ def as_drafter(
     model: nn.Module,
     prompt_lookup: bool = False,
     argument: str = "drafter",
+    mtp_bits: int | None = None,
 ) -> Drafter:
     """Find the drafter that an argument means, and make it ready for a model.
 
@@ -89,6 +90,7 @@ def as_drafter(
         model (nn.Module): The target.
         prompt_lookup (bool): Whether copies of the context are drafted as well.
         argument (str): The name of the first argument in errors.
+        mtp_bits (int, optional): As for ``attach_mtp``.
 
     Raises:
         ValueError: If the argument is none of these.
@@ -97,11 +99,18 @@ def as_drafter(
     if drafter is None and prompt_lookup:
         return PromptLookupDrafter()
     if drafter is None:
-        attach_mtp(model)
+        attach_mtp(model, None, mtp_bits)
         return MTPDrafter(model)
     found: Any = drafter
     if isinstance(found, (str, os.PathLike)) and os.fspath(found):
         found = _load_once(found, model)
+    if isinstance(found, MTPHeadSource):
+        return found.bind(model, mtp_bits)
+    if mtp_bits is not None:
+        raise SpeculationError(
+            "Cannot speculate: mtp_bits is for MTP heads that are loaded, and the "
+            f"drafter is a {type(found).__name__}."
+        )
     if isinstance(found, nn.Module):
         return DraftModelDrafter(found)
     if isinstance(found, Unbound):

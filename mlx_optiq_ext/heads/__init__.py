@@ -34,6 +34,7 @@ from ._head import MTPHead
 from ._host import (
     MODEL_TYPES,
     Host,
+    Params,
     check_type,
     dequantize_head,
     dtype_of_states,
@@ -51,6 +52,7 @@ __all__ = [
     "MODEL_TYPES",
     "Host",
     "MTPHead",
+    "Params",
     "add_sidecar",
     "carry_head",
     "check_type",

@@ -13,8 +13,18 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.utils import get_total_parameters
 
 from .._errors import SpeculationError
+from .._options import check_mtp_bits
 from .._record import record_of
-from ..heads import MTPHead, check_type, dtype_of_states, load_head
+from ..heads import (
+    Host,
+    MTPHead,
+    Params,
+    check_type,
+    dtype_of_states,
+    load_head,
+    quantization_of,
+    quantize_head,
+)
 from ._swap import add_mixin
 
 # The limit is below 4e9 because models called 4B have a little more or less.
@@ -92,7 +102,11 @@ class MTPMixin:
         return [KVCache(), ArraysCache(2)]
 
 
-def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
+def attach_mtp(
+    model: nn.Module,
+    source: str | Path | None = None,
+    mtp_bits: int | None = None,
+) -> MTPHead:
     """Attach the MTP head of a model, and load it unless it is attached already.
 
     Parameters and modules of the model stay as they are.
@@ -101,22 +115,44 @@ def attach_mtp(model: nn.Module, source: str | Path | None = None) -> MTPHead:
         model (nn.Module): A model that mlx-lm loaded.
         source (str or Path, optional): A folder, ``.safetensors`` file or Hub id with
           the head. Default: where the model came from.
+        mtp_bits (int, optional): Bits that the linear layers of a head are quantised
+          with that is stored in full; 0 keeps it as it is. Default: those of the model.
 
     Raises:
+        ValueError: If MLX has no kernels for so many bits.
         SpeculationError: If the model has no head or cannot have one.
     """
+    if mtp_bits is not None:
+        check_mtp_bits(mtp_bits)
     check_type(model)
     place = _place(model, source)
     record = record_of(model)
-    if record.head_source == place:
+    if (record.head_source, record.head_bits) == (place, mtp_bits):
         return record.head
     _check_is_whole(model)
     head = load_head(place, model.language_model.args, dtype_of_states(model))
-    record.head, record.head_source = head, place
+    params = None
+    if not quantization_of(head.layers[0]):
+        params = _wanted_params(model, mtp_bits)
+        mx.eval(quantize_head(head, params).parameters())
+    record.head, record.head_source, record.head_bits = head, place, mtp_bits
+    record.is_head_quantized = params is not None
     add_mixin(model, MTPMixin)
     if get_total_parameters(model) < _MIN_NUM_PARAMETERS:
         _warn_of_small_model()
     return head
+
+
+def _wanted_params(model: nn.Module, mtp_bits: int | None) -> Params | None:
+    """What a head in full is to be quantised with, None if it stays as it is."""
+    params = Host.of(model).quantization
+    if mtp_bits is None:
+        return params
+    if mtp_bits == 0:
+        return None
+    is_affine = params is not None and params["mode"] == "affine"
+    group_size = params["group_size"] if params and is_affine else 64
+    return {"group_size": group_size, "bits": mtp_bits, "mode": "affine"}
 
 
 def _check_is_whole(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ class Request:
           round, from 1 to 8, or ``"auto"``.
         draft_vocab (int or str, optional): The number of tokens that the head may
           propose, or a file with their ids.
+        mtp_bits (int, optional): Bits that the head is kept in.
         prompt_lookup (bool): Whether what stands in the context is copied as well.
         stats (SpeculationStats, optional): The counts to add to.
         seed (int, optional): The seed of what is sampled.
@@ -39,6 +40,7 @@ class Request:
     draft: Any = None
     num_draft_tokens: NumDraftTokens | None = None
     draft_vocab: int | str | None = None
+    mtp_bits: int | None = None
     prompt_lookup: bool = False
     stats: Any = None
     seed: int | None = None
@@ -58,6 +60,7 @@ class Request:
             "draft": self.draft,
             "num_draft_tokens": self.num_draft_tokens,
             "draft_vocab": self.draft_vocab,
+            "mtp_bits": self.mtp_bits,
             "prompt_lookup": self.prompt_lookup,
         }
 
@@ -81,6 +84,7 @@ def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         "mtp" not in kwargs
         and "draft" not in kwargs
         and "draft_vocab" not in kwargs
+        and "mtp_bits" not in kwargs
         and "prompt_lookup" not in kwargs
         and kwargs.get("draft_model") is None
         and len(args) <= DRAFT_MODEL_POSITION

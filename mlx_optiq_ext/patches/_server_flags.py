@@ -122,6 +122,8 @@ class ServerParser(SpeculationParser):
                     )
                 if parsed.draft_vocab is not None:
                     self.error("argument --draft-vocab: needs --mtp")
+                if parsed.mtp_bits is not None:
+                    self.error("argument --mtp-bits: needs --mtp")
                 parsed.draft_model, parsed.draft = parsed.draft, None
                 if parsed.num_draft_tokens == "auto":
                     parsed.num_draft_tokens = self.num_draft_tokens

@@ -150,23 +150,26 @@ def take_request(
         stats, seed = request.stats, request.seed
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
     draft_vocab = options.pop("draft_vocab", None)
+    mtp_bits = options.pop("mtp_bits", None)
     prompt_lookup = _check_prompt_lookup(options.pop("prompt_lookup", None))
     if mtp is False:
         mtp = None
     _check_one({"mtp": mtp, "draft": draft, "draft_model": draft_model})
     if mtp is None and draft_vocab is not None and draft is None:
         raise ValueError("draft_vocab needs mtp=True or mtp=PATH.")
+    if mtp is None and mtp_bits is not None and draft is None:
+        raise ValueError("mtp_bits needs mtp=True or mtp=PATH.")
     if mtp is None and draft is None and not prompt_lookup:
         return draft_model and rescued(model, draft_model, options)
     num_draft_tokens = options.pop("num_draft_tokens", None)
     if num_draft_tokens is not None:
         check_num_draft_tokens(num_draft_tokens)
     if mtp is not None:
-        attach_mtp(model, _check_mtp(mtp))
+        attach_mtp(model, _check_mtp(mtp), mtp_bits)
         drafter: Drafter = MTPDrafter(model)
     else:
         named = draft_model if draft is None else draft
-        drafter = as_drafter(named, model, prompt_lookup, argument="draft")
+        drafter = as_drafter(named, model, prompt_lookup, "draft", mtp_bits)
     drafter = limit_drafts(drafter, draft_vocab)
     return Speculation(drafter, num_draft_tokens, stats, seed, prompt_lookup)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._errors import GrammarError, SpeculationError
 from .._options import (
+    MTP_BITS,
     NumDraftTokens,
     check_draft_vocab,
     check_num_draft_tokens,
@@ -33,6 +34,10 @@ DRAFT_VOCAB_HELP = (
     "Let the MTP head propose only N tokens (special ones, the prompt's, and those "
     "with the lowest ids) or those whose ids a file has, one a line or as a JSON list. "
     "Drafts cost less, and the output stays the same."
+)
+MTP_BITS_HELP = (
+    "Bits of the MTP head's layers, if it is stored in full: 0 keeps it so. By default "
+    "it is quantised as the model is when it is loaded, which makes drafts cheaper."
 )
 JSON_SCHEMA_HELP = (
     "Let what is generated be JSON that the JSON schema in FILE describes. Needs the "
@@ -72,10 +77,13 @@ class SpeculationParser(argparse.ArgumentParser):
         has_drafter = parsed.mtp or draft is not None
         if getattr(parsed, "draft_vocab", None) is not None and not has_drafter:
             self.error("argument --draft-vocab: needs --mtp")
+        if getattr(parsed, "mtp_bits", None) is not None and not has_drafter:
+            self.error("argument --mtp-bits: needs --mtp")
         if (request := current.get()) is not None:
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
             request.draft_vocab = getattr(parsed, "draft_vocab", None)
+            request.mtp_bits = getattr(parsed, "mtp_bits", None)
             if (schema := getattr(parsed, "json_schema", None)) is not None:
                 request.structure = {"json_schema": schema}
             request.prompt_lookup = prompt_lookup
@@ -143,6 +151,9 @@ def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
         parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
         parser.add_argument(
             "--draft-vocab", type=_draft_vocab, metavar="N|FILE", help=DRAFT_VOCAB_HELP
+        )
+        parser.add_argument(
+            "--mtp-bits", type=int, choices=MTP_BITS, help=MTP_BITS_HELP
         )
         parser.add_argument(
             "--prompt-lookup", action="store_true", help=PROMPT_LOOKUP_HELP

@@ -53,9 +53,22 @@ def scaled_dot_product_attention(
 ) -> Any:
     keys = args[1] if len(args) > 1 else kwargs["keys"]
     # Keys of mlx-lm's own cache entries are arrays, or sequences if quantised.
-    if isinstance(keys, (mx.array, tuple, list)):
+    if isinstance(keys, (tuple, list)):
         return wrapped(*args, **kwargs)
-    return _attend(wrapped, *args, **kwargs)
+    if not isinstance(keys, mx.array):
+        return _attend(wrapped, *args, **kwargs)
+    if not _splits_attention().get():
+        return wrapped(*args, **kwargs)
+    from ..rollback import attend_in_parts
+
+    return attend_in_parts(wrapped, *args, **kwargs)
+
+
+@cache
+def _splits_attention() -> ContextVar[bool]:
+    from ..rollback import splits_attention
+
+    return splits_attention
 
 
 def _attend(

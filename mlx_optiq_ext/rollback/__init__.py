@@ -5,6 +5,7 @@ from ._batch import Batch
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence, recorder
 from ._rows import MAX_ROWS, RowStates, can_keep_rows, mix_rows
 from ._sharing import own_rows, share_rows
+from ._split import attend_in_parts, splits_attention
 from ._transaction import Transaction, check_entries
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Tape",
     "Transaction",
     "attend_apart",
+    "attend_in_parts",
     "can_keep_rows",
     "check_entries",
     "has_known_recurrence",
@@ -23,5 +25,6 @@ __all__ = [
     "recorder",
     "rows_are_apart",
     "share_rows",
+    "splits_attention",
     "update_in_order",
 ]

@@ -7,6 +7,7 @@ them is never read, and what is before them is what plain decoding would have co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_lm.models.cache import (
 from .._errors import SpeculationError
 from ._apart import LATENT_ATTENTION
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
+from ._rows import hold
 from ._sequences import (
     BatchKV,
     BatchQuantizedKV,
@@ -30,6 +32,7 @@ from ._sequences import (
     Offsets,
     Visible,
 )
+from ._split import splitting
 from ._transaction import check_entries
 
 # Modules of mlx-lm, and classes in them, that need the offset as a number.
@@ -112,9 +115,8 @@ class Batch:
         self._before_array = self._offsets.array
         self._tape = Tape() if self._states else None
         try:
-            if self._tape is None:
-                return forward(self.entries, num_rows)
-            with self._tape.recording():
+            recording = nullcontext() if not self._tape else self._tape.recording()
+            with recording, splitting():
                 return forward(self.entries, num_rows)
         finally:
             self._offsets.set(
@@ -269,7 +271,7 @@ class Batch:
         if self._tape is not None and self._tape.rows:
             index = num_rows.astype(mx.int32)
             for entry, rows in zip(self._states, self._recorded().rows, strict=True):
-                entry.held = rows.keeping(index)
+                hold(entry, rows.keeping(index))
         elif not is_all:
             states = self._recorded().replayed(num_rows, numbers=numbers)
             for entry, replayed in zip(self._states, states, strict=True):

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 
-from ._rows import RowStates, can_keep_rows, keep_rows_in, keeper
+from ._rows import RowStates, can_keep_rows, hold, keep_rows_in, keeper, numbers
 
 NUM_ROW_INPUTS = 5  # q, k, v, a, b of gated_delta_update have a row for each token
 STATE_POSITION = 7  # of its arguments
@@ -171,8 +171,8 @@ class Tape:
             num_rows (int): How many rows to keep, at least 1.
         """
         if self.rows:
-            for entry, kept in zip(entries, self.rows, strict=True):
-                entry.cache = kept.after(num_rows)
+            for entry, rows in zip(entries, self.rows, strict=True):
+                hold(entry, rows.keeping(numbers(num_rows, rows.states.shape[0])))
             return
         recorded = zip(entries, self.conv_inputs, self._calls, strict=True)
         for entry, conv_input, call in recorded:

@@ -58,17 +58,10 @@ class RowStates:
         """The same pass, of which other numbers of rows are kept."""
         return replace(self, kept=kept)
 
-    def after(self, num_rows: int) -> list[mx.array]:
-        """What an entry holds after as many rows of every sequence; nothing is copied.
-
-        Args:
-            num_rows (int): How many.
-        """
-        window = self.window[:, num_rows : num_rows + self.num_held]
-        return [window, self.states[:, num_rows]]
-
-    def taken(self, one: slice = slice(None), kept: mx.array | None = None) -> Any:
-        """What an entry holds after the rows that are kept.
+    def taken(
+        self, one: slice = slice(None), kept: mx.array | None = None
+    ) -> list[mx.array]:
+        """What an entry holds after the rows that are kept, copied from among these.
 
         Args:
             one (slice): Of which sequences.
@@ -79,6 +72,53 @@ class RowStates:
         window = mx.take_along_axis(self.window[one], places, axis=1)
         index = kept[:, None, None, None, None]
         return [window, mx.take_along_axis(self.states[one], index, axis=1)[:, 0]]
+
+
+class LazyStates(ArraysCache):
+    """An entry whose states are taken from among those of a pass when they are read.
+
+    A stock entry is of this class from the pass on until somebody reads it.
+    """
+
+    held: RowStates | None
+
+    @property
+    def cache(self) -> list[mx.array | None]:
+        if self.held is not None:
+            self.cache = [*self.held.taken()]
+            return self.cache
+        return self._arrays
+
+    @cache.setter
+    def cache(self, arrays: list[mx.array | None]) -> None:
+        self.held = None
+        if type(self) is LazyStates:
+            self.__class__ = ArraysCache
+            self.cache = arrays
+        else:
+            self._arrays = arrays
+
+    @property
+    def nbytes(self) -> int:
+        held = self.held
+        return super().nbytes if held is None else held.nbytes
+
+
+def hold(entry: ArraysCache, rows: RowStates) -> None:
+    """Let an entry hold the states of a pass, of which some rows are kept.
+
+    Args:
+        entry (ArraysCache): Stock, or one for several sequences.
+        rows (RowStates): The states.
+    """
+    if not isinstance(entry, LazyStates):
+        entry.__class__ = LazyStates
+    entry.held = rows
+
+
+def held_by(entry: ArraysCache) -> RowStates | None:
+    """The states of a pass that an entry holds, None if it holds its own."""
+    return entry.held if isinstance(entry, LazyStates) else None
 
 
 # While a pass may be rolled back, what takes the states of each layer.
@@ -108,7 +148,7 @@ class RowwiseDeltaNet(GatedDeltaNet):
             return super().__call__(inputs, mask, cache)
         outputs, after = mix_rows(self, mixed, gate_a, gate_b, before)
         keep(after)
-        cache.cache = after.after(inputs.shape[1])
+        hold(cache, after)
         cache.advance(inputs.shape[1])
         gate = self.in_proj_z(inputs).reshape(outputs.shape)
         return self.out_proj(self.norm(outputs, gate).flatten(-2))
@@ -170,7 +210,7 @@ def mix_rows(
         ],
         output_dtypes=[mixed.dtype, mx.float32, mixed.dtype],
     )
-    return outputs, RowStates(window, states, _constant(num_rows, num_sequences))
+    return outputs, RowStates(window, states, numbers(num_rows, num_sequences))
 
 
 def _is_known(layer: GatedDeltaNet, inputs: mx.array, mask: Any, cache: Any) -> bool:
@@ -201,7 +241,7 @@ def _has_known_types(
 def _states_before(
     layer: GatedDeltaNet, cache: ArraysCache, inputs: mx.array
 ) -> RowStates:
-    if (held := getattr(cache, "held", None)) is not None:
+    if (held := held_by(cache)) is not None:
         return held
     num_sequences, (window, state) = inputs.shape[0], cache.cache
     if window is None:
@@ -210,11 +250,13 @@ def _states_before(
     if state is None:
         sizes = layer.num_v_heads, layer.head_v_dim, layer.head_k_dim
         state = mx.zeros((num_sequences, *sizes), mx.float32)
-    return RowStates(window, state[:, None], _constant(0, num_sequences))
+    window, state = mx.contiguous(window), mx.contiguous(state)
+    return RowStates(window, state[:, None], numbers(0, num_sequences))
 
 
 @cache
-def _constant(number: int, num_sequences: int) -> mx.array:
+def numbers(number: int, num_sequences: int) -> mx.array:
+    """The same number for each sequence, ``[num_sequences]``."""
     return mx.array([number] * num_sequences, mx.int32)
 
 
@@ -238,6 +280,8 @@ def _kernel() -> Any:
         ],
         output_names=["outputs", "states", "seen"],
         source=source,
+        # Rows may be parts of longer ones, which are read where they are.
+        ensure_row_contiguous=False,
     )
 
 

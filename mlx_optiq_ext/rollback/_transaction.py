@@ -28,6 +28,8 @@ from .._errors import SpeculationError
 from ._apart import apart
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
+from ._rows import held_by, hold
+from ._split import splitting
 
 Forward = Callable[[list[Any], int], Any]
 
@@ -82,14 +84,23 @@ class _Recurrent:
 
     def __init__(self, entry: ArraysCache):
         self.entry = entry
-        self._state = list(entry.cache), entry.left_padding, entry.lengths
+        self._held = held_by(entry)
+        self._states = [] if self._held else list(entry.cache)
+        self._padding = entry.left_padding, entry.lengths
 
     def keep(self, num_rows: int) -> None:
         """Do nothing, because the transaction sets the states of all such entries."""
 
     def restore(self) -> None:
-        states, self.entry.left_padding, self.entry.lengths = self._state
-        self.entry.cache = list(states)
+        self.entry.left_padding, self.entry.lengths = self._padding
+        if self._held is None:
+            self.entry.cache = list(self._states)
+        else:
+            hold(self.entry, self._held)
+
+    def settle(self) -> None:
+        if held_by(self.entry) is not None:
+            self.entry.cache = self.entry.cache
 
 
 class _Listed:
@@ -249,13 +260,12 @@ class Transaction:
             self._keep(num_rows)
 
     def settle(self) -> None:
-        """Let entries own their states, which may be parts of those after every row."""
-        for part in self._recurrent if self._tape and self._tape.rows else []:
-            states = part.entry.cache
-            part.entry.cache = [x if x is None else mx.contiguous(x) for x in states]
+        """Let entries hold the states that count, and none of other rows."""
+        for part in self._recurrent:
+            part.settle()
 
     def _run(self, num_rows: int) -> Any:
-        with apart():
+        with apart(), splitting():
             return self._forward(num_rows)
 
     def _keep(self, num_rows: int) -> None:

@@ -14,7 +14,7 @@
 // mixed [B, T, 2 Hk Dk + Hv Dv], window [B, W, same], filter [same, K, 1],
 // gate_a, gate_b [B, T, Hv], decay_log, gate_bias [Hv], start [B, S, Hv, Dv, Dk],
 // kept [B]: the rows of the pass before that are kept, which say where in window and
-// start this pass begins.
+// start this pass begins. Rows of mixed, gate_a and gate_b may be parts of longer ones.
 // outputs [B, T, Hv, Dv], states [B, T + 1, Hv, Dv, Dk], seen [B, K - 1 + T, same].
 constexpr int num_channels = 2 * Hk * Dk + Hv * Dv;
 constexpr int per_lane = Dk / 32;
@@ -30,10 +30,10 @@ const int num_rows = mixed_shape[1];
 const int first = kept[sequence];
 
 const InT* held = window + ((size_t)sequence * window_shape[1] + first) * num_channels;
-const InT* fresh = mixed + (size_t)sequence * num_rows * num_channels;
+const InT* fresh = mixed + sequence * mixed_strides[0];
 auto input = [&](int position, int channel) {
   return position < K - 1 ? held[(size_t)position * num_channels + channel]
-                          : fresh[(size_t)(position - (K - 1)) * num_channels + channel];
+                          : fresh[(position - (K - 1)) * mixed_strides[1] + channel];
 };
 auto rounded = [](float x) { return static_cast<float>(static_cast<InT>(x)); };
 auto convolved = [&](int time, int channel) {
@@ -99,14 +99,16 @@ for (int j = 0; j < per_lane; ++j) {
 const float decay_rate = expf(static_cast<float>(decay_log[head]));
 const float bias = static_cast<float>(gate_bias[head]);
 for (int time = 0; time < num_rows; ++time) {
-  const size_t at = ((size_t)sequence * num_rows + time) * Hv + head;
+  const InT a =
+      gate_a[sequence * gate_a_strides[0] + time * gate_a_strides[1] + head];
+  const InT b =
+      gate_b[sequence * gate_b_strides[0] + time * gate_b_strides[1] + head];
   const float sum =
-      static_cast<float>(static_cast<SumT>(static_cast<float>(gate_a[at]) + bias));
+      static_cast<float>(static_cast<SumT>(static_cast<float>(a) + bias));
   const float softplus = static_cast<float>(
       static_cast<SumT>(fmaxf(sum, 0.0f) + log1pf(expf(-fabsf(sum)))));
   const float decay = expf(-decay_rate * softplus);
-  const float beta =
-      rounded(1.0f / (1.0f + expf(-static_cast<float>(gate_b[at]))));
+  const float beta = rounded(1.0f / (1.0f + expf(-static_cast<float>(b))));
   const float value = convolved(time, 2 * Hk * Dk + head * Dv + row);
 
   float remembered = 0.0f;
@@ -126,6 +128,7 @@ for (int time = 0; time < num_rows; ++time) {
   }
   output = summed(output);
   if (lane == 0) {
+    const size_t at = ((size_t)sequence * num_rows + time) * Hv + head;
     outputs[at * Dv + row] = static_cast<InT>(output);
   }
 }

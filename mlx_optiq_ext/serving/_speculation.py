@@ -137,11 +137,13 @@ def serve_speculatively(provider: Any) -> None:
 
 
 def _drafter(model: nn.Module, flags: Any, is_default: bool) -> Drafter:
+    mtp_bits = getattr(flags, "mtp_bits", None)
     if flags.draft is not None:
-        return as_drafter(flags.draft, model)
+        return as_drafter(flags.draft, model, mtp_bits=mtp_bits)
     if not flags.mtp:
         return PromptLookupDrafter()
-    attach_mtp(model, flags.mtp if is_default and flags.mtp is not True else None)
+    source = flags.mtp if is_default and flags.mtp is not True else None
+    attach_mtp(model, source, mtp_bits)
     return MTPDrafter(model)
 
 

@@ -21,7 +21,7 @@ from mlx_lm.models import gemma4_text, qwen3_5
 from mlx_optiq_ext._record import record_of
 from mlx_optiq_ext.assistants import Assistant, AssistantArgs
 from mlx_optiq_ext.drafters import Drafter, GemmaAssistantDrafter, MTPDrafter
-from mlx_optiq_ext.heads import MTPHead
+from mlx_optiq_ext.heads import Host, MTPHead, quantize_head
 from mlx_optiq_ext.mixins import MTPMixin, add_mixin
 
 EMBEDDING_SCALE = 16.0
@@ -140,8 +140,8 @@ class Weights:
 
     Args:
         dtype (mx.Dtype): Of those that are not quantised.
-        bits (int, optional): Of the model's linear layers; a drafter's are not
-          quantised.
+        bits (int, optional): Of the model's linear layers, and of its MTP head's; an
+          assistant's are not quantised.
     """
 
     dtype: mx.Dtype
@@ -172,7 +172,7 @@ def make_drafter(preset: Preset, model: nn.Module, weights: Weights) -> Drafter:
     if preset.family == "qwen":
         head = MTPHead(model.language_model.args)
         fill(head, weights.dtype)
-        record_of(model).head = head
+        record_of(model).head = quantize_head(head, Host.of(model).quantization).eval()
         add_mixin(model, MTPMixin)
         return MTPDrafter(model)
     config = {

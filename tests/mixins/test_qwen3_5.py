@@ -20,6 +20,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_optiq_ext._errors import SpeculationError
 from mlx_optiq_ext._record import record_of
+from mlx_optiq_ext.heads import quantization_of, quantize_head
 from mlx_optiq_ext.mixins import qwen3_5 as mixin
 from mlx_optiq_ext.mixins.qwen3_5 import MTPMixin, attach_mtp
 from tests.heads.variants import (
@@ -249,6 +250,55 @@ def test_a_wider_head_does_not_widen_what_the_model_computes():
     ids = mx.array([[5, 9]])
     states = head(model.embed(ids), model.hidden_states(ids))
     assert states.dtype == model.project(states).dtype == mx.bfloat16
+
+
+def kinds(head: Any) -> dict[str, Any]:
+    found = quantization_of(head)
+    return {path: (x["bits"], x["mode"]) for path, x in found.items()}
+
+
+@pytest.mark.parametrize("name", ["dense-4bit", "moe-4bit"])
+def test_a_head_in_full_is_quantised_as_its_model_is(name: str) -> None:
+    head = attach_mtp(load_tiny(name))
+    found = kinds(head)
+    assert set(found.values()) == {(4, "affine")}
+    assert "fc" not in found
+    assert all("norm" not in path and path[-4:] != "gate" for path in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "mtp_bits", "expected"),
+    [
+        ("dense-4bit", 0, set()),
+        ("dense-4bit", 8, {(8, "affine")}),
+        ("dense", None, set()),
+        ("dense-bf16", None, set()),
+    ],
+)
+def test_a_head_is_kept_in_the_bits_that_are_asked_for(
+    name: str, mtp_bits: int | None, expected: set[Any]
+) -> None:
+    model = load_tiny(name)
+    head = attach_mtp(model, mtp_bits=mtp_bits)
+    assert set(kinds(head).values()) == expected
+    assert attach_mtp(model, mtp_bits=mtp_bits) is head
+    assert record_of(model).is_head_quantized == bool(expected)
+
+
+def test_a_head_that_is_stored_quantised_stays_as_it_is(tmp_path: Path) -> None:
+    config, _, _ = oracle(DENSE)
+    head = quantize_head(
+        reference_head(DENSE), {"group_size": 32, "bits": 8, "mode": "affine"}
+    )
+    folder = write(tmp_path, config, {"mtp.safetensors": prefixed(parameters(head))})
+    found = attach_mtp(load_tiny("dense-4bit"), folder, mtp_bits=4)
+    assert set(kinds(found).values()) == {(8, "affine")}
+
+
+@pytest.mark.parametrize("mtp_bits", [1, 7, -4, True, "4"])
+def test_bits_that_there_are_no_kernels_for_are_refused(mtp_bits: Any) -> None:
+    with pytest.raises(ValueError, match="mtp_bits must be 0, 2, 3, 4, 5, 6 or 8"):
+        attach_mtp(load_tiny("dense"), mtp_bits=mtp_bits)
 
 
 def test_attaching_computes_nothing_with_the_model(tmp_path):

@@ -83,6 +83,9 @@ def test_a_file_without_token_ids_is_one_clear_line(tmp_path: Path) -> None:
         ("generate", ["--draft-vocab", "64"], "needs --mtp"),
         ("chat", ["--mtp", "--draft-vocab", "0"], "positive whole number"),
         ("server", ["--draft", str(DEMO), "--draft-vocab", "9"], "needs --mtp"),
+        ("generate", ["--mtp-bits", "4"], "needs --mtp"),
+        ("chat", ["--mtp", "--mtp-bits", "7"], "invalid choice: 7"),
+        ("server", ["--draft", str(DEMO), "--mtp-bits", "4"], "needs --mtp"),
     ],
 )
 def test_contradictory_arguments_are_a_usage_error(

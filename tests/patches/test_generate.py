@@ -122,6 +122,8 @@ def test_a_path_names_the_head(demo: Any, source: str | Path) -> None:
         ({"mtp": True, "num_draft_tokens": 0}, "from 1 to 8, got 0"),
         ({"draft_vocab": 64}, "draft_vocab needs mtp"),
         ({"mtp": True, "draft_vocab": 0}, "positive whole number"),
+        ({"mtp_bits": 4}, "mtp_bits needs mtp"),
+        ({"mtp": True, "mtp_bits": 7}, "2, 3, 4, 5, 6 or 8, got 7"),
         ({"mtp": True, "num_draft_tokens": "3"}, "from 1 to 8, got '3'"),
         ({"mtp": True, "draft_model": nn.Linear(1, 1)}, "exclude each other"),
     ],
