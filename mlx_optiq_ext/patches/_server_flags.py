@@ -84,7 +84,7 @@ class ServerParser(SpeculationParser):
         """Refuse what would make every request fail, and its client be blamed."""
         # The system listens at such a port without its upper bits.
         self._check_range("port", parsed.port, 0, MAX_PORT)
-        if not parsed.recommended_sampling:
+        if not (parsed.recommended_sampling or parsed.prompt_lookup):
             return
         for name, (least, most) in LIMITS.items():
             self._check_range(name, getattr(parsed, name), least, most)

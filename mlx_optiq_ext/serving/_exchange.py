@@ -47,7 +47,7 @@ class Exchange:
     """Reads a request from one of mlx-lm's handlers, and writes through it.
 
     Args:
-        handler (APIHandler): It has read the request line and the headers.
+        handler (APIHandler): The handler that has read the request's head.
     """
 
     def __init__(self, handler: Any):
@@ -58,7 +58,7 @@ class Exchange:
         self.path, _, self.query = handler.path.partition("?")
         self.is_anthropic = self.path.startswith("/v1/messages")
         self.request_id = f"req_{uuid.uuid4().hex}"
-        # What is generated for it.
+        # What is generated for the client.
         self.sequences: list[Sequence] = []
         self.measured = Measurement()
         self._stream: Reply | None = None
@@ -279,7 +279,7 @@ def _load(text: str, read_number: Callable[[str], int | float]) -> Any:
     )
     if "\\ud" not in text and "\\uD" not in text:
         return value
-    # Who cuts a text anywhere sends half a character, which no tokenizer takes.
+    # Clients that cut a text anywhere send half a character, which no tokenizer takes.
     whole = SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
     return json.loads(whole)
 

@@ -31,7 +31,7 @@ def loadable_name(model: str | None, cli_args: Any, adapter: str | None = None) 
 
     Args:
         model (str, optional): The id in a request.
-        cli_args (Namespace): Of the server.
+        cli_args (Namespace): The server's command line.
         adapter (str, optional): The folder of an adapter that the request names.
     """
     # One name for the served model, for mlx-lm batches requests of equal names only.

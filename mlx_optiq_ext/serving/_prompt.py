@@ -29,7 +29,7 @@ class Segments(list[list[int]]):
 
     Args:
         segments (list[list[int]]): The parts.
-        arguments (Arguments): Of the request that they are the prompt of.
+        arguments (Arguments): The arguments of the request with this prompt.
     """
 
     def __init__(self, segments: list[list[int]], arguments: Any):
@@ -48,14 +48,14 @@ def make_prompt(
 
     Args:
         tokenize (Callable): mlx-lm's ``ResponseGenerator._tokenize``.
-        provider (ModelProvider): Has the model.
-        tokenizer (TokenizerWrapper): Of the model.
+        provider (ModelProvider): The provider of the model.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
         request (Request): The state of the reply is left with it.
-        arguments (Arguments): Of the request; what is left of the context
+        arguments (Arguments): Its arguments; what is left of the context
           limits their ``max_tokens``.
 
     Returns:
-        tuple: As mlx-lm's function.
+        tuple: What mlx-lm's function returns.
 
     Raises:
         APIError: 400, if the model cannot do what is asked, or if the prompt is longer

@@ -1,4 +1,4 @@
-"""Which request goes where: the added routes, and mlx-lm's own."""
+"""The table of routes: which function answers which request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Route(NamedTuple):
     """One path of the server and what answers requests for it.
 
     Args:
-        method: Of HTTP.
+        method: The HTTP method.
         template: The path, without a query. ``[/v1]`` may be left out by clients,
           ``{id}`` stands for one segment and ``{path}`` for all that follows.
         answer: Called with the exchange and the values of the placeholders.

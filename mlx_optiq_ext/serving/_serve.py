@@ -79,7 +79,7 @@ def write_reply(
             has_started = True
             yield from reply.start()
         yield from reply.feed(event)
-    # Who has the end may ask for the whole.
+    # A client that has the end may ask for the whole at once, so that is kept first.
     last = list(reply.finish())
     keep(reply.result())
     yield from last

@@ -44,6 +44,13 @@ def test_a_value_that_no_request_can_be_served_with_is_a_usage_error(
     assert value in line or flag == "--chat-template-args"
 
 
+@pytest.mark.parametrize("flag", ["--prompt-lookup", "--recommended-sampling"])
+def test_values_are_checked_with_any_flag_that_changes_decoding(flag: str) -> None:
+    code, _, error = run_command("server", *MODEL, flag, "--top-p", "7")
+    assert code == 2
+    assert "argument --top-p: expected 0 to 1, got 7.0" in error
+
+
 @pytest.mark.parametrize("port", ["65536", "99999", "-1"])
 @pytest.mark.parametrize("flags", [(), ("--mtp",)])
 def test_a_port_that_there_is_none_of_is_a_usage_error(

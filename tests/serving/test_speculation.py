@@ -283,6 +283,19 @@ def test_a_seed_gives_one_text_and_another_gives_another(pair: Pair) -> None:
     assert texts[0] == texts[2] != texts[1]
 
 
+def test_replies_of_one_request_are_those_of_its_seeds(pair: Pair) -> None:
+    for options in ({}, {"xtc_probability": 0.5}):
+        fields: dict[str, Any] = {"temperature": 1.0} | options
+        several = ask(pair.speculating, COMPLETIONS, seed=5, n=4, **fields)
+        texts = [choice["text"] for choice in several.events[0]["choices"]]
+        singles = [
+            ask(pair.speculating, COMPLETIONS, seed=seed, **fields).text
+            for seed in range(5, 9)
+        ]
+        assert texts == singles
+        assert len({*texts}) > 1
+
+
 def test_a_request_with_a_seed_speculates(pair: Pair) -> None:
     reply = pair.compare(CHAT, seed=1)
     assert assert_counts_add_up(reply)[0] > 0

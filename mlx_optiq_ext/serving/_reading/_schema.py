@@ -17,7 +17,7 @@ class Declarations:
     """The arguments of a request's tools.
 
     Args:
-        tools (list[dict], optional): As chat templates take them.
+        tools (list[dict], optional): The tools, in the form that chat templates take.
     """
 
     def __init__(self, tools: list[dict[str, Any]] | None):
@@ -132,7 +132,7 @@ def read_bare(text: str) -> Any:
 
 
 def load_json(text: str) -> Any:
-    """As ``json.loads``, but line breaks may be in strings and numbers are finite."""
+    """Read JSON whose strings may have line breaks; a number has to be finite."""
     return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
 
 

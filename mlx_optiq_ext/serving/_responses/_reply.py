@@ -49,7 +49,7 @@ class ResponseReply:
         self._request = request
         self._num_events = 0
         self._is_open = False
-        # Those of which no text was sent yet.
+        # Tokens whose text has not been sent yet.
         self._tokens: list[Token] = []
         self._response: Body = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -103,7 +103,7 @@ class ResponseReply:
         yield self._event("response.failed", response=self._snapshot())
 
     def keep_alive(self) -> None:
-        """None of the API's events says nothing."""
+        """The API has no event that says nothing: a comment keeps a stream alive."""
 
     @property
     def _output(self) -> list[Body]:
