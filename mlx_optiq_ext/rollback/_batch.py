@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
-from ._apart import LATENT_ATTENTION
+from ._apart import apart
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
 from ._transaction import check_entries
@@ -105,10 +105,11 @@ class Batch:
         self._before_array = self._offsets.array
         self._tape = Tape() if self._states else None
         try:
-            if self._tape is None:
-                return forward(self.entries, num_rows)
-            with self._tape.recording():
-                return forward(self.entries, num_rows)
+            with apart():
+                if self._tape is None:
+                    return forward(self.entries, num_rows)
+                with self._tape.recording():
+                    return forward(self.entries, num_rows)
         finally:
             self._offsets.set(
                 [number + num_rows for number in self._before],
@@ -206,9 +207,9 @@ class Batch:
                     "Cannot speculate for several sequences in one pass: "
                     f"{type(module).__name__} of {name} needs one offset for all."
                 )
-            if LATENT_ATTENTION in module:
+            if "indexer" in module:
                 raise SpeculationError(
-                    "Cannot speculate for several sequences in one pass: the latent "
+                    "Cannot speculate for several sequences in one pass: the sparse "
                     f"attention of {name} computes several rows unlike one row."
                 )
 
