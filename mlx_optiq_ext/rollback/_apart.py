@@ -54,12 +54,13 @@ def attend_apart(
         each = [attention(x[:, row : row + 1], None, cache) for row in range(num_rows)]
         return mx.concatenate(each, axis=1)
     # Each row is the only one of a sequence of its own.
-    options = {"cache": _RowsAsSequences(cache, num_sequences, num_rows)}
+    entry, options = _RowsAsSequences(cache, num_sequences, num_rows), {}
     if attn_scale is not None:
         scales = mx.broadcast_to(attn_scale, (num_sequences, 1, num_rows, 1))
         options["attn_scale"] = scales.reshape(-1, 1, 1, 1)
     rows = x.reshape(-1, 1, size)
-    return attention(rows, mask=options["cache"].mask, **options).reshape(x.shape)
+    found = attention(rows, mask=entry.mask, cache=entry, **options)
+    return found.reshape(x.shape)
 
 
 class _RowsAsSequences:
@@ -80,7 +81,9 @@ class _RowsAsSequences:
     @property
     def mask(self) -> mx.array:
         """What each row sees, ``[num_sequences * num_rows, 1, 1, num_tokens]``."""
-        mask = self._entry.make_mask(self._shape[1], return_array=True)
+        mask = self._entry.make_mask(
+            self._shape[1], return_array=True, window_size=None
+        )
         mask = mx.broadcast_to(mask, (self._shape[0], 1, *mask.shape[-2:]))
         return mask.reshape(-1, 1, 1, mask.shape[-1])
 
