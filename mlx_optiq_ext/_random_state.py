@@ -1,4 +1,4 @@
-"""Loading a module without disturbing the global random generator."""
+"""Loads modules without disturbing the global random generator."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class ScriptedDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
-    def open_batch(self) -> SeparateSessions:
+    def open_batch(self, batch: Any) -> SeparateSessions:
         return SeparateSessions()
 
     def open(self, *_: Any) -> ScriptedSession:

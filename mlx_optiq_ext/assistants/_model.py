@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,8 @@ class AssistantArgs(BaseModelArgs):
         use_ordered_embeddings (bool): Whether only the tokens of the best centroids
           are scored.
         num_centroids (int): The number of centroids.
-        centroid_intermediate_top_k (int): How many centroids are best.
+        centroid_intermediate_top_k (int): The number of centroids whose tokens are
+          scored.
         tie_word_embeddings (bool): Whether the output layer is the embedding.
         suppress_tokens (Sequence[int]): Tokens that are never drafted. They come from
           ``generation_config.json``.
@@ -96,7 +97,7 @@ class Assistant(nn.Module):
         self.pre_projection = nn.Linear(2 * width, text.hidden_size, bias=False)
         self.post_projection = nn.Linear(text.hidden_size, width, bias=False)
         if not args.tie_word_embeddings:
-            # Has the names of a linear layer and can also look up some of its rows.
+            # This has the names of a linear layer and can look up some of its rows.
             self.lm_head = nn.Embedding(text.vocab_size, text.hidden_size)
         if args.use_ordered_embeddings:
             self.masked_embedding = CentroidHead(args, text)
@@ -125,12 +126,31 @@ class Assistant(nn.Module):
             for kind, keys_and_values in shared_kv.items()
         }
 
+    def mask(self, kind: str, num_keys: int, num_rows: mx.array) -> mx.array:
+        """Mask the keys of several sequences that the assistant does not see.
+
+        Args:
+            kind (str): The type of layer.
+            num_keys (int): The number of keys of each sequence, with padding behind.
+            num_rows (mx.array): How many of them are no padding, ``[num_sequences]``.
+
+        Returns:
+            mx.array: The keys that are seen, ``[num_sequences, 1, 1, num_keys]``.
+        """
+        rows, num_rows = mx.arange(num_keys), num_rows[:, None, None, None]
+        is_seen = rows < num_rows
+        if kind == SLIDING:
+            num_visible = self.text_args.sliding_window + NUM_BEYOND_WINDOW
+            is_seen = is_seen & (rows >= num_rows - num_visible)
+        return is_seen
+
     def __call__(
         self,
         embedding: mx.array,
         hidden: mx.array,
         shared_kv: SharedKV,
-        position: int,
+        position: int | mx.array,
+        masks: Mapping[str, mx.array] | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Run one step.
 
@@ -140,7 +160,10 @@ class Assistant(nn.Module):
             hidden (mx.array): The state of the target that predicted the last token, or
               the state that the step before returned, of the same shape.
             shared_kv (dict): The keys and values that ``visible`` returned.
-            position (int): The position of the query, in tokens.
+            position (int or mx.array): The position of the query, in tokens; for each
+              sequence, ``[batch]``, where they differ.
+            masks (dict, optional): The keys that are seen, by type of layer. Default:
+              all.
 
         Returns:
             tuple[mx.array, mx.array]: The logits, ``[batch, 1, vocab_size]``, and the
@@ -149,8 +172,9 @@ class Assistant(nn.Module):
         x = mx.concatenate([embedding, hidden], axis=-1).astype(self.dtype)
         x = self.pre_projection(x)
         for layer in self.layers:
-            kv = shared_kv[layer.layer_type]
-            x, _, _ = layer(x, shared_kv=kv, offset=position)
+            kind = layer.layer_type
+            mask = None if masks is None else masks[kind]
+            x, _, _ = layer(x, mask, shared_kv=shared_kv[kind], offset=position)
         x = self.model.norm(x)
         return self._logits(x), self.post_projection(x)
 
@@ -196,7 +220,7 @@ class CentroidHead(nn.Module):
     """An output layer that scores the tokens of the best clusters, and no others.
 
     Args:
-        args (AssistantArgs): The number of clusters, and how many of them are best.
+        args (AssistantArgs): The number of clusters, and how many of them are scored.
         text (ModelArgs): The sizes of the vocabulary and of the states.
     """
 

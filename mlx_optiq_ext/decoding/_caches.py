@@ -185,34 +185,34 @@ class JointCaches:
         self._model = model
         self._shows_states = shows_states
         self._num_entries = len(make_prompt_cache(model))
-        self._batch = Batch(model)
+        self.batch = Batch(model)
 
     @property
     def entries(self) -> list[Any]:
-        return self._batch.entries
+        return self.batch.entries
 
     def join(self, cache: list[Any]) -> None:
-        self._batch.join(cache[: self._num_entries])
+        self.batch.join(cache[: self._num_entries])
 
     def run(self, tokens: mx.array, num_rows: Sequence[int]) -> Output:
         def forward(entries: list[Any], width: int) -> mx.array:
             call = self._model.hidden_states if self._shows_states else self._model
             return call(tokens[:, :width], cache=entries)
 
-        first = self._batch.run(forward, max(num_rows))
+        first = self.batch.run(forward, max(num_rows))
         return Output(first, self._model.project if self._shows_states else None)
 
     def keep(self, num_rows: Sequence[int]) -> None:
-        self._batch.keep(list(num_rows))
+        self.batch.keep(list(num_rows))
 
     def extract(self, index: int, num_tokens: int) -> list[Any]:
-        return self._batch.extract(index, num_tokens)
+        return self.batch.extract(index, num_tokens)
 
     def copy(self, index: int, num_tokens: int) -> list[Any]:
-        return self._batch.extract(index, num_tokens)
+        return self.batch.extract(index, num_tokens)
 
     def filter(self, indices: Sequence[int]) -> None:
-        self._batch.filter(indices)
+        self.batch.filter(indices)
 
     def max_rows(self, index: int) -> float:
         return math.inf

@@ -7,6 +7,7 @@ rejected tokens are rolled back before it drafts again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +16,11 @@ import mlx.nn as nn
 from .._checkpoints import Source
 from .._errors import SpeculationError
 from .._record import record_of
-from ..assistants import Assistant, load_assistant
+from ..assistants import Assistant, SharedKV, load_assistant
 from ..mixins import SharedKVMixin, attach_shared_kv
-from ._batched import BatchDraftSession
-from ._protocol import Proposal
+from ..rollback import Batch
+from ._batched import BatchDraftSession, Committed, Proposals
+from ._protocol import DraftSession, Proposal
 
 # The query of every draft step has this position, counted from the last token's, whose
 # keys and values the target has yet to compute. Hugging Face and Google use 0; vLLM,
@@ -104,9 +106,8 @@ class GemmaAssistantDrafter:
     def make_cache(self) -> list[Any]:
         return []
 
-    def open_batch(self) -> BatchDraftSession | None:
-        # The assistant reads the target's entries, those of one sequence.
-        return None
+    def open_batch(self, batch: Batch) -> AssistantBatchSession:
+        return AssistantBatchSession(self._assistant, self._bound_target, batch)
 
     def open(
         self,
@@ -115,25 +116,26 @@ class GemmaAssistantDrafter:
         num_tokens: int,
         tokens: Sequence[int] = (),
     ) -> AssistantSession:
-        if self._target is None:
-            raise SpeculationError(
-                f"Cannot speculate: the assistant {self._name} has no model yet, "
-                "expected drafter.bind(model)."
-            )
         return AssistantSession(
             self._assistant,
-            self._target,
+            self._bound_target,
             prompt_cache,
             num_target_entries,
             num_tokens + self._query_offset,
         )
 
+    @property
+    def _bound_target(self) -> SharedKVMixin:
+        if self._target is None:
+            raise SpeculationError(
+                f"Cannot speculate: the assistant {self._name} has no model yet, "
+                "expected drafter.bind(model)."
+            )
+        return self._target
 
-class AssistantSession:
+
+class AssistantSession(DraftSession):
     """The assistant at work on one sequence."""
-
-    num_put_off = 0
-    entries: Sequence[Any] = ()
 
     def __init__(
         self,
@@ -149,11 +151,7 @@ class AssistantSession:
         self._prompt_cache = prompt_cache
         self._num_entries = num_entries
         # This is the query's position for the token after all that were seen.
-        self._next_position = next_position
-
-    @property
-    def last_state(self) -> None:
-        return None
+        self.next_position = next_position
 
     def prefill(
         self,
@@ -162,7 +160,7 @@ class AssistantSession:
         embeddings: mx.array | None = None,
     ) -> None:
         assert states is not None
-        self._next_position += states.shape[1]
+        self.next_position += states.shape[1]
 
     def draft(
         self,
@@ -171,24 +169,77 @@ class AssistantSession:
         num_draft_tokens: int,
         proposal: Proposal,
     ) -> None:
-        self._next_position += tokens.size
+        self.next_position += tokens.size
         if states is None or not num_draft_tokens:
             return
         entries = self._prompt_cache[: self._num_entries]
-        shared_kv = self._assistant.visible(self._target.shared_kv(entries))
-        position = self._next_position - 1
-        token, hidden = tokens[-1:], states[:, -1:]
+        step = partial(
+            self._assistant,
+            shared_kv=self._assistant.visible(self._target.shared_kv(entries)),
+            position=self.next_position - 1,
+        )
+        token, hidden = tokens[None, -1:], states[:, -1:]
         for _ in range(num_draft_tokens):
-            embedding = self._target.embed(token)[None]
-            logits, hidden = self._assistant(embedding, hidden, shared_kv, position)
+            logits, hidden = step(self._target.embed(token), hidden)
             proposal.add(logits[:, -1])
-            token = proposal.tokens[-1]
+            token = proposal.tokens[-1][None]
 
-    def catch_up(self) -> None:
-        pass
 
-    def close(self, num_tokens: int, last_state: mx.array | None) -> None:
-        pass
+class AssistantBatchSession(BatchDraftSession):
+    """The assistant at work on several sequences: one run for all of them.
+
+    Args:
+        assistant (Assistant): What drafts.
+        target (SharedKVMixin): The target, which says where its keys and values are.
+        batch (Batch): The target's entries for the sequences.
+    """
+
+    def __init__(self, assistant: Assistant, target: SharedKVMixin, batch: Batch):
+        self._assistant = assistant
+        self._target = target
+        self._batch = batch
+        self._sessions: list[AssistantSession] = []
+
+    def join(self, session: AssistantSession) -> None:
+        self._sessions.append(session)
+
+    def release(self, index: int) -> AssistantSession:
+        return self._sessions[index]
+
+    def filter(self, indices: Sequence[int]) -> None:
+        self._sessions = [self._sessions[index] for index in indices]
+
+    def draft(
+        self, committed: Committed, num_draft_tokens: list[int], proposals: Proposals
+    ) -> None:
+        for session, number in zip(self._sessions, committed.num_rows, strict=True):
+            session.next_position += number
+        if committed.states is None or not any(num_draft_tokens):
+            return
+        positions = [session.next_position - 1 for session in self._sessions]
+        shared_kv, masks = self._visible()
+        step = partial(
+            self._assistant,
+            shared_kv=shared_kv,
+            position=mx.array(positions),
+            masks=masks,
+        )
+        token, hidden = committed.last, committed.last_states
+        for _ in range(max(num_draft_tokens)):
+            logits, hidden = step(self._target.embed(token), hidden)
+            proposals.add(logits[:, -1])
+            token = proposals.latest
+
+    def _visible(self) -> tuple[SharedKV, dict[str, mx.array]]:
+        """The target's keys and values, and which of them each sequence sees."""
+        shared_kv: SharedKV = {}
+        masks: dict[str, mx.array] = {}
+        for kind, index in self._target.donors.items():
+            keys, values, num_rows = self._batch.visible(index)
+            dtype = self._assistant.dtype
+            shared_kv[kind] = keys.astype(dtype), values.astype(dtype)
+            masks[kind] = self._assistant.mask(kind, keys.shape[2], num_rows)
+        return shared_kv, masks
 
 
 def _differences(assistant: Assistant, target: SharedKVMixin) -> list[str]:

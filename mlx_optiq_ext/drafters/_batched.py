@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,28 @@ class Committed:
         last = mx.array([[max(num_rows - 1, 0)] for num_rows in self.num_rows])
         return mx.take_along_axis(self.tokens, last, axis=1)
 
+    @property
+    def last_states(self) -> mx.array:
+        """The state of the last row of each sequence, ``[num_sequences, 1, hidden]``.
+
+        There must be states.
+        """
+        assert self.states is not None
+        return row_of(self.states, self.num_rows)
+
+
+def row_of(rows: mx.array, num_rows: Sequence[int]) -> mx.array:
+    """The last row of each sequence, ``[num_sequences, 1, hidden]``.
+
+    Args:
+        rows (mx.array): ``[num_sequences, max(num_rows), hidden]``.
+        num_rows (Sequence[int]): How many rows each sequence has.
+    """
+    if rows.shape[1] == 1:
+        return rows
+    last = mx.array([[[max(number - 1, 0)]] for number in num_rows])
+    return mx.take_along_axis(rows, last, axis=1)
+
 
 def together(parts: Sequence[Committed]) -> Committed:
     """What was committed for sequences of several passes."""
@@ -61,6 +83,31 @@ def together(parts: Sequence[Committed]) -> Committed:
         mx.concatenate([_padded(part.tokens, num_rows) for part in parts]),
         mx.concatenate([_padded(x, num_rows) for x in states]) if states else None,
         [number for part in parts for number in part.num_rows],
+    )
+
+
+def in_order(parts: Sequence[Committed]) -> Iterator[Committed]:
+    """Merge what was committed for the same sequences in passes one after another.
+
+    Passes that emitted one token for every sequence are merged into the next one.
+    """
+    waiting: list[Committed] = []
+    for part in parts:
+        waiting.append(part)
+        if part.tokens.shape[1] > 1:
+            yield _merged(waiting)
+            waiting = []
+    if waiting:
+        yield _merged(waiting)
+
+
+def _merged(parts: Sequence[Committed]) -> Committed:
+    states = [part.states for part in parts if part.states is not None]
+    numbers = (part.num_rows for part in parts)
+    return Committed(
+        mx.concatenate([part.tokens for part in parts], axis=1),
+        mx.concatenate(states, axis=1) if states else None,
+        [sum(own) for own in zip(*numbers, strict=True)],
     )
 
 
@@ -92,17 +139,18 @@ class BatchDraftSession(Protocol):
     """A drafter at work on several sequences.
 
     Each joins with a session of its own and is released as one. What is promised of
-    ``DraftSession`` holds for every sequence.
+    ``DraftSession`` holds for every sequence. A class that inherits from it has to
+    define ``join``, ``release``, ``filter`` and ``draft``.
     """
 
     def is_behind(self, indices: Sequence[int]) -> bool:
         """Whether tokens of one of these sequences were put off."""
-        ...
+        return False
 
     @property
     def entries(self) -> Sequence[Any]:
         """All that the drafter keeps of the sequences, for its size."""
-        ...
+        return ()
 
     def join(self, session: Any) -> None:
         """Take in another sequence, the last one from now on.
@@ -126,10 +174,12 @@ class BatchDraftSession(Protocol):
         """See committed tokens, then propose so many for each sequence."""
         ...
 
-    def catch_up(self) -> None: ...
+    def catch_up(self) -> None:
+        """Process the tokens that were put off."""
+        return
 
 
-class SeparateSessions:
+class SeparateSessions(BatchDraftSession):
     """Sequences that are drafted for one after the other."""
 
     def __init__(self) -> None:

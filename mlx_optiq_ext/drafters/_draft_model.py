@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .._errors import SpeculationError
 from ..rollback import (
+    Batch,
     Tape,
     Transaction,
     has_known_recurrence,
@@ -43,7 +44,7 @@ class DraftModelDrafter:
     def make_cache(self) -> list[Any]:
         return make_prompt_cache(self._model)
 
-    def open_batch(self) -> SeparateSessions:
+    def open_batch(self, batch: Batch) -> SeparateSessions:
         return SeparateSessions()
 
     def open(

@@ -21,7 +21,7 @@ from .._errors import SpeculationError
 from .._options import DraftVocab
 from ..mixins import MTPMixin
 from ..rollback import Batch
-from ._batched import Committed, Proposals
+from ._batched import Committed, Proposals, in_order, row_of
 from ._draft_vocab import DraftVocabulary
 from ._protocol import Proposal
 
@@ -62,7 +62,7 @@ class MTPDrafter:
     def make_cache(self) -> list[Any]:
         return self._model.make_mtp_cache()
 
-    def open_batch(self) -> MTPBatchSession:
+    def open_batch(self, batch: Batch) -> MTPBatchSession:
         return MTPBatchSession(self._model, self._vocabulary)
 
     def open(
@@ -235,8 +235,7 @@ class MTPBatchSession:
         self.catch_up()
         project = self._projection()
         rows = self._see(committed)
-        last = mx.array([[[max(number - 1, 0)]] for number in committed.num_rows])
-        hidden = mx.take_along_axis(rows, last, axis=1)
+        hidden = row_of(rows, committed.num_rows)
         depth = max(num_draft_tokens)
         for position in range(depth):
             if position:
@@ -249,7 +248,7 @@ class MTPBatchSession:
         if not self._put_off:
             return
         put_off, self._put_off = self._put_off, []
-        for committed in put_off:
+        for committed in in_order(put_off):
             self._see(committed)
         mx.async_eval([entry.state for entry in self._head.entries])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 
 if TYPE_CHECKING:
+    from ..rollback import Batch
     from ._batched import BatchDraftSession
 
 
@@ -153,8 +154,12 @@ class Drafter(Protocol):
         """
         ...
 
-    def open_batch(self) -> BatchDraftSession | None:
-        """Start on several sequences; None if they must keep entries of their own."""
+    def open_batch(self, batch: Batch) -> BatchDraftSession:
+        """Start on several sequences.
+
+        Args:
+            batch (Batch): The target's entries for them, which are empty as yet.
+        """
         from ._batched import SeparateSessions
 
         return SeparateSessions()

@@ -13,8 +13,7 @@ import mlx.core as mx
 def gated_delta_update(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if (record := _recorder().get()) is None:
         return wrapped(*args, **kwargs)
-    record(wrapped, args, kwargs)
-    return wrapped(*args, **kwargs)
+    return record(wrapped, args, kwargs)
 
 
 def ssm_update(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -22,7 +22,14 @@ from mlx_lm.models.cache import (
 from .._errors import SpeculationError
 from ._apart import apart
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
-from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
+from ._sequences import (
+    BatchKV,
+    BatchQuantizedKV,
+    BatchRing,
+    BatchStates,
+    Offsets,
+    Visible,
+)
 from ._transaction import check_entries
 
 # Modules of mlx-lm, and classes in them, that need the offset as a number.
@@ -135,7 +142,8 @@ class Batch:
         for entry in self._attended:
             entry.keep(array, is_all)
         if self._states:
-            self._keep_states(array, is_all)
+            known = set(num_rows) if is_known else None
+            self._keep_states(array, is_all, known)
 
     def learn(self, num_rows: Sequence[int]) -> None:
         """Tell the host what an array told ``keep``, of the oldest such call.
@@ -155,6 +163,14 @@ class Batch:
         """Take back the latest rows of every sequence, which are all append-only."""
         most = [number - num_rows for number in self._offsets.most]
         self._offsets.set(most, self._offsets.array - num_rows)
+
+    def visible(self, index: int) -> Visible:
+        """What one entry, which has keys and values, holds of each sequence.
+
+        Args:
+            index (int): The entry.
+        """
+        return self.entries[index].visible()
 
     def extract(self, index: int, num_tokens: int | None = None) -> list[Any]:
         """Stock entries of one sequence that hold its first tokens.
@@ -248,13 +264,15 @@ class Batch:
             return next(states)
         return entry.extract(index, num_tokens, num_kept)
 
-    def _keep_states(self, num_rows: mx.array, is_all: bool) -> None:
+    def _keep_states(
+        self, num_rows: mx.array, is_all: bool, numbers: set[int] | None
+    ) -> None:
         if self._tape is not None and self._tape.rows:
             index = num_rows.astype(mx.int32)
             for entry, rows in zip(self._states, self._recorded().rows, strict=True):
                 entry.held = rows.keeping(index)
         elif not is_all:
-            states = self._recorded().replayed(num_rows, slice(None))
+            states = self._recorded().replayed(num_rows, numbers=numbers)
             for entry, replayed in zip(self._states, states, strict=True):
                 entry.cache = replayed
 

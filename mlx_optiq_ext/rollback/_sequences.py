@@ -8,7 +8,7 @@ but rows that are masked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -23,6 +23,21 @@ from ._rows import RowStates
 from ._slots import SlotViews, advanced, rows_in_slots
 
 STEP = 256  # rows by which the arrays grow, as in mlx-lm's KVCache
+
+
+class Visible(NamedTuple):
+    """Keys and values of several sequences, each in the order of its tokens.
+
+    Args:
+        keys (mx.array): ``[num_sequences, heads, num_rows, head_dim]``.
+        values (mx.array): Of the same shape but for the size of a head.
+        num_rows (mx.array): How many rows each sequence has, ``[num_sequences]``. The
+            rows behind them are padding.
+    """
+
+    keys: mx.array
+    values: mx.array
+    num_rows: mx.array
 
 
 class Offsets:
@@ -119,14 +134,11 @@ class BatchKV:
         """Forget the latest pass."""
         self._seen = None
 
-    def visible(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Keys and values, ``[num_sequences, heads, slots, head_dim]``, and which of
-        them are the sequences', ``[num_sequences, 1, 1, slots]``.
-        """
-        num_slots = max(self._offsets.most)
-        arrays = [x[..., :num_slots, :] for x in self._arrays]
-        mask = mx.arange(num_slots) < self._num_held()[:, None]
-        return *self._dequantized(arrays), mask[:, None, None]
+    def visible(self) -> Visible:
+        """Show what the sequences hold between two passes."""
+        arrays = [x[..., : max(self._offsets.most), :] for x in self._arrays]
+        keys, values = self._dequantized(arrays)
+        return Visible(keys, values, self._offsets.array)
 
     def join(self, entry: Any) -> None:
         self._num_sequences += 1
@@ -172,10 +184,6 @@ class BatchKV:
 
     def _size(self, num_rows: int) -> int:
         return -(-num_rows // STEP) * STEP
-
-    def _num_held(self) -> mx.array:
-        """Rows of each sequence in the arrays."""
-        return self._offsets.array
 
     def _rows_of(self, entry: Any) -> list[mx.array]:
         return list(entry.keys_and_values())
@@ -351,11 +359,13 @@ class BatchRing(BatchKV):
         super().filter(indices)
         self._joined = [self._joined[index] for index in indices.tolist()]
 
-    def visible(self) -> tuple[mx.array, mx.array, mx.array]:
-        num_slots = min(max(self._offsets.most), self.max_size)
-        keys, values = (x[..., :num_slots, :] for x in self._arrays)
-        mask = mx.arange(num_slots) < self._offsets.array[:, None]
-        return keys, values, mask[:, None, None]
+    def visible(self) -> Visible:
+        if not self._wraps(0):
+            return super().visible()
+        slots = self._slots_in_order()
+        keys, values = (_taken(x, slots) for x in self._arrays)
+        num_rows = mx.minimum(self._offsets.array, self.max_size)
+        return Visible(keys, values, num_rows)
 
     def _wraps(self, num_rows: int) -> bool:
         return max(self._offsets.most) + num_rows > self.max_size
@@ -377,6 +387,16 @@ class BatchRing(BatchKV):
         offsets, indices = zip(*self._joined, strict=True)
         num_new = self._offsets.array - mx.array(offsets, mx.int32)
         return self._advanced(mx.array(indices, mx.int32), num_new)
+
+    def _slots_in_order(self) -> mx.array:
+        """The slots of each sequence, those of the oldest tokens first."""
+        slots, num_first = mx.arange(self.max_size), self._num_first
+        period = self.max_size - num_first
+        # The slot that is written next has the oldest row that is not kept for good.
+        oldest = self._ring_index()[:, None] - num_first
+        again = num_first + (oldest + slots - num_first) % period
+        is_in_order = self._offsets.array[:, None] <= self.max_size
+        return mx.where(is_in_order | (slots < num_first), slots, again)
 
     def _advanced(self, index: mx.array, num_rows: mx.array) -> mx.array:
         """``advanced`` on the device."""

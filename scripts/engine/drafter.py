@@ -17,6 +17,7 @@ from mlx_optiq_ext.drafters import (
     Proposals,
     SeparateSessions,
 )
+from mlx_optiq_ext.rollback import Batch
 
 CERTAIN = 30.0  # the logit of the token that is proposed; all others have 0
 
@@ -71,11 +72,10 @@ class DialledDrafter:
         )
         return DialledSession(self, session)
 
-    def open_batch(self) -> BatchDraftSession | None:
+    def open_batch(self, batch: Batch) -> BatchDraftSession:
         if self._drafter is None:
             return SeparateSessions()
-        batch = self._drafter.open_batch()
-        return None if batch is None else DialledBatch(self, batch)
+        return DialledBatch(self, self._drafter.open_batch(batch))
 
     def logits(self, position: int) -> mx.array:
         """Logits ``[1, vocab]`` that propose a token for a position of the script."""

@@ -28,7 +28,7 @@ from mlx_optiq_ext.decoding import (
     _batch,
 )
 from mlx_optiq_ext.drafters import Proposal, SeparateSessions
-from tests.gemma import E4B, load_target
+from tests.gemma import E4B, load_drafter, load_target
 from tests.helpers import (
     DEMO,
     ChangingDepth,
@@ -137,7 +137,7 @@ class BookDrafter:
     def open(self, *args: Any) -> BookSession:
         return BookSession(self, list(args[3]))
 
-    def open_batch(self) -> SeparateSessions:
+    def open_batch(self, batch: Any) -> SeparateSessions:
         return SeparateSessions()
 
 
@@ -242,8 +242,9 @@ def check(case: Case) -> int:
     """Compare every sequence; how many draft tokens were accepted."""
     model = model_of(case.model)
     sequences = [wanted(case, index) for index in range(case.num_sequences)]
-    if case.drafter == "own" and case.model != "gemma":
-        options: dict[str, Any] = {}
+    options: dict[str, Any]
+    if case.drafter == "own":
+        options = {"drafter": load_drafter(E4B)} if case.model == "gemma" else {}
     else:
         books = [[*x.warm, *x.prompt, *x.tokens] for x in sequences]
         options = {"drafter": BookDrafter(books, vocab_size_of(case.model))}

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_optiq_ext.decoding._pass import Pass
-from mlx_optiq_ext.rollback import Batch
+from mlx_optiq_ext.rollback import Tape
 from mlx_optiq_ext.rollback._batch import BatchKV
 from tests.decoding import company
 
@@ -63,13 +63,11 @@ def positions_that_are_late_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def states_that_are_of_the_row_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed = Batch._replayed
+    replayed = Tape.replayed
     monkeypatch.setattr(
-        Batch,
-        "_replayed",
-        lambda self, num_rows, *args: replayed(
-            self, mx.maximum(num_rows - 1, 0), *args
-        ),
+        Tape,
+        "replayed",
+        lambda self, num_rows, *_, **__: replayed(self, mx.maximum(num_rows - 1, 0)),
     )
 
 

@@ -20,7 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_optiq_ext import SpeculationError
-from mlx_optiq_ext.rollback import Batch
+from mlx_optiq_ext.rollback import Batch, _recurrence
+from mlx_optiq_ext.rollback._sequences import BatchRing
 from tests.families import tiny
 from tests.gemma import A4B, E4B, load_target
 from tests.helpers import assert_same_cache, load_tiny
@@ -164,6 +165,19 @@ def test_a_sequence_can_leave_with_fewer_rows_of_the_last_pass(
         assert_same_cache(member.cache, found)
 
 
+def test_a_recurrence_with_a_kernel_is_run_again_on_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_recurrence, "make_call", _recurrence.Call)
+    company = Company("qwen dense")
+    for num_prompt_tokens in (6, 19):
+        company.join(num_prompt_tokens)
+    for _ in range(6):
+        company.round()
+    for index in range(2):
+        company.check(index)
+
+
 @pytest.mark.parametrize("name", ["qwen dense", "gemma bfloat16"])
 def test_the_host_may_learn_of_a_pass_after_the_next_one_was_made(name: str) -> None:
     company = Company(name)
@@ -224,19 +238,24 @@ def test_entries_of_a_head_may_be_empty_and_are_taken_back() -> None:
         assert_same_cache([expected], batch.extract(index))
 
 
-def test_what_a_batch_shows_is_what_its_sequences_hold() -> None:
-    company = Company("gemma")
-    for num_prompt_tokens in (3, 21):
+@pytest.mark.parametrize("name", ["gemma", "llama, rings that keep their start"])
+def test_what_a_batch_shows_is_what_its_sequences_hold(name: str) -> None:
+    company = Company(name)
+    for num_prompt_tokens in (3, 21, 6):
         company.join(num_prompt_tokens)
-    company.round()
-    for number, entry in enumerate(company.batch.entries):
-        keys, _, mask = entry.visible()
-        for index, member in enumerate(company.members):
-            expected = member.cache[number].keys_and_values()[0]
-            held = [
-                i for i, is_held in enumerate(mask[index, 0, 0].tolist()) if is_held
-            ]
-            assert mx.array_equal(keys[index : index + 1, :, mx.array(held)], expected)
+    for _ in range(6):
+        company.round()
+        for number, entry in enumerate(company.batch.entries):
+            keys, values, num_rows = company.batch.visible(number)
+            for index, member in enumerate(company.members):
+                held = slice(num_rows[index].item())
+                one = slice(index, index + 1), slice(None), held
+                expected = member.cache[number].keys_and_values()
+                if isinstance(entry, BatchRing):
+                    order = member.cache[number]._temporal_order
+                    expected = map(order, expected)
+                for found, wanted in zip((keys, values), expected, strict=True):
+                    assert mx.array_equal(found[one], wanted)
 
 
 @pytest.mark.parametrize(
