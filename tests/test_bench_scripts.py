@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bench_assistant
 import bench_engine
+import bench_lookup
 import bench_mtp
 import bench_structured
 import mlx.core as mx
@@ -80,6 +81,7 @@ def test_a_random_model_accepts_what_is_dialled(family, draft):
             ["--repeats", "1", "--sampling", "greedy"],
             "| demo_model |",
         ),
+        (bench_lookup.main, ["--demo", "--repeats", "1"], "| free prose |"),
         (bench_assistant.main, ["--repeats", "1", "--max-gamma", "1"], "| reasoning |"),
         (
             bench_structured.main,

@@ -82,6 +82,11 @@ class Lookup:
         self._match: Match | None = None
 
     @property
+    def match(self) -> Match | None:
+        """Where the end of the sequence has occurred before, if it has."""
+        return self._match
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the sequence, as its cache counts them."""
         return self._num_unknown + len(self._index)

@@ -17,10 +17,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from ._sequences import BatchKV
+
 # Whether rows of the pass under way may be taken back.
 rows_are_apart: ContextVar[bool] = ContextVar("rows_are_apart", default=False)
-
-LATENT_ATTENTION = "embed_q"  # a layer that only this kind of attention has
 
 
 @contextmanager
@@ -44,47 +44,64 @@ def attend_apart(
 
     Args:
         attention (Callable): Of mlx-lm, with the parameters of this function.
-        x (mx.array): Shape ``[1, num_rows, hidden]``.
+        x (mx.array): Shape ``[num_sequences, num_rows, hidden]``.
         mask (Any): That of several rows, which is not used.
         cache (Any): The entry.
         attn_scale (mx.array, optional): Factors of the queries, ``[num_rows, 1]``.
     """
-    num_rows, options = x.shape[1], {}
-    if type(cache) is not KVCache:
+    num_sequences, num_rows, size = x.shape
+    if type(cache) not in (KVCache, BatchKV):
         each = [attention(x[:, row : row + 1], None, cache) for row in range(num_rows)]
         return mx.concatenate(each, axis=1)
-    if attn_scale is not None:
-        options["attn_scale"] = attn_scale.reshape(num_rows, 1, 1, 1)
     # Each row is the only one of a sequence of its own.
-    rows = _RowsOfOne(cache, num_rows)
-    found = attention(x.swapaxes(0, 1), mask=rows.mask, cache=rows, **options)
-    return found.swapaxes(0, 1)
+    entry, options = _RowsAsSequences(cache, num_sequences, num_rows), {}
+    if attn_scale is not None:
+        scales = mx.broadcast_to(attn_scale, (num_sequences, 1, num_rows, 1))
+        options["attn_scale"] = scales.reshape(-1, 1, 1, 1)
+    rows = x.reshape(-1, 1, size)
+    found = attention(rows, mask=entry.mask, cache=entry, **options)
+    return found.reshape(x.shape)
 
 
-class _RowsOfOne:
+class _RowsAsSequences:
     """An entry in which each row of a pass is a sequence with what is before it.
 
     Args:
-        entry (KVCache): That of the sequence which they are rows of.
-        num_rows (int): How many rows the pass has.
+        entry (KVCache or BatchKV): That of the sequences which they are rows of.
+        num_sequences (int): How many sequences the pass has.
+        num_rows (int): How many rows each of them has.
     """
 
-    def __init__(self, entry: KVCache, num_rows: int):
+    def __init__(self, entry: Any, num_sequences: int, num_rows: int):
         self._entry = entry
-        self.offset = mx.arange(entry.offset, entry.offset + num_rows)
+        self._shape = num_sequences, num_rows
+        offsets = mx.array(entry.offset).reshape(-1, 1) + mx.arange(num_rows)
+        self.offset = offsets.flatten()
 
     @property
     def mask(self) -> mx.array:
-        """What each row sees, ``[num_rows, 1, 1, num_tokens]``."""
-        num_tokens = self._entry.offset + self.offset.size
-        return mx.arange(num_tokens) <= self.offset[:, None, None, None]
+        """What each row sees, ``[num_sequences * num_rows, 1, 1, num_tokens]``."""
+        mask = self._entry.make_mask(
+            self._shape[1], return_array=True, window_size=None
+        )
+        mask = mx.broadcast_to(mask, (self._shape[0], 1, *mask.shape[-2:]))
+        return mask.reshape(-1, 1, 1, mask.shape[-1])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         fetched = self._entry.update_and_fetch(
-            keys.transpose(2, 1, 0, 3), values.transpose(2, 1, 0, 3)
+            *(
+                x.reshape(*self._shape, *x.shape[1:]).squeeze(3).swapaxes(1, 2)
+                for x in (keys, values)
+            )
         )
-        num_rows = self.offset.size
-        return tuple(mx.broadcast_to(x, (num_rows, *x.shape[1:])) for x in fetched)
+        return tuple(map(self._repeated, fetched))
+
+    def _repeated(self, rows: mx.array) -> mx.array:
+        """Keys or values, once for each row of the pass."""
+        num_sequences, num_rows = self._shape
+        if num_sequences == 1:
+            return mx.broadcast_to(rows, (num_rows, *rows.shape[1:]))
+        return mx.repeat(rows, num_rows, axis=0)
 
 
 def update_in_order(

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
-from ._apart import LATENT_ATTENTION
+from ._apart import apart
 from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
 from ._rows import hold
 from ._sequences import (
@@ -116,7 +116,7 @@ class Batch:
         self._tape = Tape() if self._states else None
         try:
             recording = nullcontext() if not self._tape else self._tape.recording()
-            with recording, splitting():
+            with recording, splitting(), apart():
                 return forward(self.entries, num_rows)
         finally:
             self._offsets.set(
@@ -224,9 +224,9 @@ class Batch:
                     "Cannot speculate for several sequences in one pass: "
                     f"{type(module).__name__} of {name} needs one offset for all."
                 )
-            if LATENT_ATTENTION in module:
+            if "indexer" in module:
                 raise SpeculationError(
-                    "Cannot speculate for several sequences in one pass: the latent "
+                    "Cannot speculate for several sequences in one pass: the sparse "
                     f"attention of {name} computes several rows unlike one row."
                 )
 

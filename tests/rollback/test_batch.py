@@ -22,6 +22,7 @@ from mlx_lm.models.cache import (
 from mlx_optiq_ext import SpeculationError
 from mlx_optiq_ext.rollback import Batch, _recurrence
 from mlx_optiq_ext.rollback._sequences import BatchRing
+from tests.families import tiny
 from tests.gemma import A4B, E4B, load_target
 from tests.helpers import assert_same_cache, load_tiny
 from tests.rollback.models import (
@@ -48,6 +49,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": tiny_llama,
     "llama, quantised entries": lambda: tiny_llama(head_dim=32),
     "llama, rings that keep their start": tiny_llama,
+    "latent attention": lambda: tiny("deepseek_v3", vocab_size=NUM_TOKENS),
+    "lists of latent attention": lambda: tiny("longcat_flash", vocab_size=NUM_TOKENS),
+    "scaled latent attention": lambda: tiny("mistral4", vocab_size=NUM_TOKENS),
 }
 
 
