@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -346,7 +347,7 @@ class Loop:
         self._caches, self._session = caches, session
 
     def _separate_for_good(self, reason: SpeculationError) -> None:
-        logging.warning("Sequences are decoded one after the other: %s", reason)
+        _warn_once(str(reason))
         self._must_be_separate = True
         if isinstance(self._caches, JointCaches):
             self._move(self._separate_caches(), SeparateSessions())
@@ -369,6 +370,11 @@ class Loop:
             return states[index : index + 1, row : row + 1]
         starting = [] if self._latest is None else self._latest.starting
         return next((x.states for x in starting if x.sequence is sequence), None)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logging.warning("Sequences are decoded one after the other: %s", reason)
 
 
 @dataclass

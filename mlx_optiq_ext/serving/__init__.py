@@ -10,7 +10,6 @@ from ._recovery import admit, guard_sequences, run_again
 from ._routes import serve
 from ._sampling import describe_recommended
 from ._speculation import (
-    can_share,
     options_of,
     serve_speculatively,
     speculation_of,
@@ -24,7 +23,6 @@ __all__ = [
     "Segments",
     "ServerState",
     "admit",
-    "can_share",
     "describe_recommended",
     "guard_sequences",
     "make_prompt",
