@@ -280,9 +280,9 @@ class Loop:
         """Start the pass over the last token of each sequence and its draft tokens."""
         tokens, num_draft_tokens = committed.last, proposals.num_drafts
         if any(num_draft_tokens):
-            tokens = mx.concatenate([tokens, proposals.matrix()], axis=1)
-        # What is drafted can be computed while the pass is built.
-        mx.async_eval(tokens)
+            tokens = mx.concatenate([tokens, proposals.matrix], axis=1)
+            # What is drafted can be computed while the pass is built.
+            mx.async_eval(tokens)
         output = self._caches.run(tokens, [1 + number for number in num_draft_tokens])
         does_more = self._catches_up or self._has_changed
         self._ahead = Pass(
