@@ -12,7 +12,7 @@ from . import _bootstrap
 # Every interpreter imports this module, so it does not even import `typing`.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._errors import SpeculationError
+    from ._errors import GrammarError, SpeculationError
     from .decoding import (
         SequenceOptions,
         SpeculationStats,
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GemmaAssistantDrafter",
+    "GrammarError",
     "SequenceOptions",
     "SpeculationError",
     "SpeculationStats",
@@ -40,6 +41,7 @@ __all__ = [
 _HOMES = {
     "GemmaAssistantDrafter": ".drafters",
     "SequenceOptions": ".decoding",
+    "GrammarError": "._errors",
     "SpeculationError": "._errors",
     "SpeculationStats": ".decoding",
     "SpeculativeBatchGenerator": ".decoding",

@@ -1,4 +1,4 @@
-"""Finding the files of a drafter's checkpoint, on disk or on the Hub."""
+"""Finds the files of a drafter's checkpoint, on disk or on the Hub."""
 
 from __future__ import annotations
 

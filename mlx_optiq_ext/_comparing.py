@@ -1,4 +1,4 @@
-"""Plain and speculative decoding side by side, as commands and benchmarks show them."""
+"""Compares plain and speculative decoding for commands and benchmarks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Comparison:
     """One prompt, decoded greedily without and with speculation.
 
     Args:
-        num_tokens (int): How many tokens plain decoding emitted.
+        num_tokens (int): The number of tokens that plain decoding emitted.
         plain_tps (float): The median speed without speculation, in tokens per second.
         speculative_tps (float): The median speed with speculation, in tokens per
           second.

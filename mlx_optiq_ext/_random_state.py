@@ -1,4 +1,4 @@
-"""Drawing random numbers without disturbing the global generator."""
+"""Draws random numbers without disturbing the global generator."""
 
 from __future__ import annotations
 

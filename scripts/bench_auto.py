@@ -18,24 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
 import mlx.nn as nn
 from _benchmarks import (
+    make_report,
     markdown_machine,
     markdown_table,
     numbers,
     output_options,
     plot_bars,
+    set_up,
     write_results,
 )
 from engine.drafter import DialledDrafter
 from engine.measure import Run, Start, run_plain, run_speculative
-from engine.models import make_drafter, make_model
 from engine.options import Subject, subject_options
 
 from mlx_optiq_ext._costs import filled_cache
 from mlx_optiq_ext._record import record_of
-from mlx_optiq_ext.cli._machine import describe_machine
 
 COLUMNS = ("dialled", "plain tok/s", "depth 1", "auto", "calls by depth under auto")
 
@@ -71,24 +70,16 @@ def main(
     plot: Path | None,
 ) -> None:
     """Compare automatic speculation with plain decoding, on random weights."""
-    model = make_model(subject.preset, subject.weights)
-    drafter = make_drafter(subject.preset, model, subject.weights)
-    vocab_size = subject.vocab_size
-    prompt = mx.random.randint(0, vocab_size, (context,), key=mx.random.key(0))
+    model, drafter, prompt = set_up(subject, context)
     start = Start(model, filled_cache(model, prompt), prompt, time.perf_counter)
     script = run_plain(start, tokens).tokens
     results = []
     with click.progressbar(acceptance, label="Decoding") as progress:
         for rate in progress:
-            dialled = DialledDrafter(script, vocab_size, rate, drafter)
+            dialled = DialledDrafter(script, subject.vocab_size, rate, drafter)
             runs = [_in_turns(start, tokens, dialled) for _ in range(repeats + 1)]
             results.append(_result(rate, runs[1:]))
-    report = {
-        "model": str(subject),
-        "num_tokens": tokens,
-        "machine": describe_machine(),
-        "results": list(map(vars, results)),
-    }
+    report = make_report(subject, results, num_tokens=tokens)
     write_results(_render(report, results), report, markdown, as_json)
     if plot is not None:
         bars = {f"{r.dialled_acceptance:.0%} right": r.auto_speed_up for r in results}

@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
 import mlx.nn as nn
 from _benchmarks import (
+    make_report,
     markdown_machine,
     markdown_table,
     numbers,
     output_options,
+    set_up,
     write_results,
 )
 from engine.drafter import DialledDrafter
-from engine.models import make_drafter, make_model
 from engine.options import Subject, subject_options
 from mlx_lm.generate import BatchGenerator
 
-from mlx_optiq_ext.cli._machine import describe_machine
 from mlx_optiq_ext.decoding import SequenceOptions, SpeculativeBatchGenerator
 from mlx_optiq_ext.drafters import Drafter
 
@@ -86,14 +85,13 @@ def main(
     plot: Path | None,
 ) -> None:
     """Compare speculation for several sequences with mlx-lm's batch."""
-    model = make_model(subject.preset, subject.weights)
-    drafter = make_drafter(subject.preset, model, subject.weights)
-    prompt = mx.random.randint(0, subject.vocab_size, (context,), key=mx.random.key(0))
-    script = [*_tokens(model, prompt.tolist(), tokens)]
+    model, drafter, random_tokens = set_up(subject, context)
+    prompt = random_tokens.tolist()
+    script = _tokens(model, prompt, tokens)
     results = []
     with click.progressbar(sequences, label="Decoding") as progress:
         for number in progress:
-            prompts = [prompt.tolist()] * number
+            prompts = [prompt] * number
             for depth in depths.split(","):
                 dialled = DialledDrafter(
                     script, subject.vocab_size, acceptance, drafter
@@ -103,13 +101,7 @@ def main(
                     for _ in range(repeats + 1)
                 ]
                 results.append(_result(number, depth, pairs[1:]))
-    report = {
-        "model": str(subject),
-        "num_tokens": tokens,
-        "acceptance": acceptance,
-        "machine": describe_machine(),
-        "results": list(map(vars, results)),
-    }
+    report = make_report(subject, results, num_tokens=tokens, acceptance=acceptance)
     write_results(_render(report, results), report, markdown, as_json)
 
 

@@ -1,7 +1,7 @@
 """Measure what a drafter adds to the processing of a prompt: time and peak memory.
 
-No trained weights: models of real shapes have random ones, and so has the head or
-assistant that such a model brings along. Prompts are processed plainly, by mlx-lm's
+The models have real shapes and random weights, and so has the head or assistant that
+such a model brings along. Prompts are processed plainly, by mlx-lm's
 `generate_step`, and with the drafter in turns, up to the first token. An MTP head reads
 what the last layer makes of every token, which plain decoding never computes.
 
@@ -23,20 +23,20 @@ import mlx.core as mx
 from _benchmarks import (
     CLOCKS,
     clock_option,
+    make_report,
     markdown_machine,
     markdown_table,
     numbers,
     output_options,
     plot_bars,
+    set_up,
     write_results,
 )
-from engine.models import make_drafter, make_model
 from engine.options import Subject, subject_options
 from mlx_lm.generate import generate_step
 
 from mlx_optiq_ext import spec_generate_step
 from mlx_optiq_ext._costs import Clock
-from mlx_optiq_ext.cli._machine import describe_machine
 
 Steps = Callable[[], Iterator[Any]]
 
@@ -80,23 +80,17 @@ def main(
     plot: Path | None,
 ) -> None:
     """Measure prefill with a drafter and without, on random weights."""
-    model = make_model(subject.preset, subject.weights)
-    drafter = make_drafter(subject.preset, model, subject.weights)
+    model, drafter, prompt = set_up(subject, max(prompt_tokens))
     results = []
     with click.progressbar(prompt_tokens, label="Prefilling") as progress:
         for num_tokens in progress:
-            prompt = mx.random.randint(0, subject.vocab_size, (num_tokens,))
-            plain = partial(generate_step, prompt, model, max_tokens=1)
+            beginning = prompt[:num_tokens]
+            plain = partial(generate_step, beginning, model, max_tokens=1)
             own = partial(
-                spec_generate_step, prompt, model, drafter=drafter, max_tokens=1
+                spec_generate_step, beginning, model, drafter=drafter, max_tokens=1
             )
             results.append(measure(plain, own, num_tokens, repeats, CLOCKS[clock]))
-    report = {
-        "model": str(subject),
-        "clock": clock,
-        "machine": describe_machine(),
-        "results": list(map(vars, results)),
-    }
+    report = make_report(subject, results, clock=clock)
     write_results(render(report, results), report, markdown, as_json)
     if plot is not None:
         bars = {f"{r.num_tokens} tokens": r.speed for r in results}

@@ -14,13 +14,14 @@ PACKAGE = Path(mlx_optiq_ext.__file__).parent
 
 # What the modules of a folder may import; each names all folders that it may.
 BELOW = {
+    "grammars": set(),
     "rollback": set(),
     "heads": set(),
     "assistants": set(),
     "mixins": {"heads", "assistants"},
     "drafters": {"rollback", "mixins", "heads", "assistants"},
 }
-BELOW["decoding"] = {"drafters", *BELOW["drafters"]}
+BELOW["decoding"] = {"drafters", "grammars", *BELOW["drafters"]}
 BELOW["serving"] = {"decoding", *BELOW["decoding"]}
 BELOW["lab"] = set()
 BELOW["patches"] = {"serving", *BELOW["serving"]}

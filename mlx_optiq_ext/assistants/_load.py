@@ -11,6 +11,18 @@ from ._model import Assistant, AssistantArgs
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
+# The classes of the layers raise these if the configuration lacks something or has
+# values that do not fit together.
+_MISFIT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def load_assistant(source: Source) -> Assistant:
     """Load the assistant of a Gemma-4 model.
@@ -28,26 +40,15 @@ def load_assistant(source: Source) -> Assistant:
         )
     folder = find_folder(source)
     generation = read_json(folder / "generation_config.json")
+    suppressed = generation.get("suppress_tokens") or ()
     try:
         with random_state_kept():
             model, _ = load_model(
                 folder,
-                model_config={
-                    "suppress_tokens": generation.get("suppress_tokens") or ()
-                },
+                model_config={"suppress_tokens": suppressed},
                 get_model_classes=lambda config: (Assistant, AssistantArgs),
             )
-    # The classes of the layers raise these if the configuration lacks something or has
-    # values that do not fit together.
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as exc:
+    except _MISFIT as exc:
         raise SpeculationError(
             f"Cannot speculate: the assistant in {folder} cannot be loaded: {exc}"
         ) from exc

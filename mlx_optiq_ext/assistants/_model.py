@@ -39,7 +39,8 @@ class AssistantArgs(BaseModelArgs):
         use_ordered_embeddings (bool): Whether only the tokens of the best centroids
           are scored.
         num_centroids (int): The number of centroids.
-        centroid_intermediate_top_k (int): How many centroids are best.
+        centroid_intermediate_top_k (int): The number of centroids whose tokens are
+          scored.
         tie_word_embeddings (bool): Whether the output layer is the embedding.
         suppress_tokens (Sequence[int]): Tokens that are never drafted. They come from
           ``generation_config.json``.
@@ -96,7 +97,7 @@ class Assistant(nn.Module):
         self.pre_projection = nn.Linear(2 * width, text.hidden_size, bias=False)
         self.post_projection = nn.Linear(text.hidden_size, width, bias=False)
         if not args.tie_word_embeddings:
-            # Has the names of a linear layer and can also look up some of its rows.
+            # This has the names of a linear layer and can look up some of its rows.
             self.lm_head = nn.Embedding(text.vocab_size, text.hidden_size)
         if args.use_ordered_embeddings:
             self.masked_embedding = CentroidHead(args, text)
@@ -219,7 +220,7 @@ class CentroidHead(nn.Module):
     """An output layer that scores the tokens of the best clusters, and no others.
 
     Args:
-        args (AssistantArgs): The number of clusters, and how many of them are best.
+        args (AssistantArgs): The number of clusters, and how many of them are scored.
         text (ModelArgs): The sizes of the vocabulary and of the states.
     """
 

@@ -1,4 +1,4 @@
-"""The command line `mlx-optiq-ext`."""
+"""Holds the commands of `mlx-optiq-ext`."""
 
 from __future__ import annotations
 

@@ -267,31 +267,37 @@ def _describe(compared: _comparing.Comparison) -> Report:
 
 def _judge(report: Report) -> Report:
     """Decide whether speculation works and pays here, and say so in one line."""
-    test = report["test"]
-    if test is None and report["problem"] is None:
-        verdict = "nothing stands against speculation, which was not tried"
-        return {"works": True, "pays": None, "verdict": verdict}
-    if test is None:
-        verdict = "speculation will not work"
-        return {"works": False, "pays": None, "verdict": verdict}
+    if report["test"] is not None:
+        return _judge_test(report["test"])
+    works = report["problem"] is None
+    verdict = (
+        "nothing stands against speculation, which was not tried"
+        if works
+        else "speculation will not work"
+    )
+    return {"works": works, "pays": None, "verdict": verdict}
+
+
+def _judge_test(test: Report) -> Report:
     differences = [x["difference"] for x in test["prompts"].values()]
     margin = max((x["margin"] for x in differences if x is not None), default=0.0)
     accepted, speed_up = test["acceptance_rate"], test["speed_up"]
-    measured = f"{speed_up:.2f}x, measured on built-in prompts"
+    works = margin <= NEAR_TIE and accepted >= MIN_ACCEPTANCE_RATE
+    pays = works and speed_up >= MIN_SPEED_UP
     if margin > NEAR_TIE:
         verdict = (
             "speculation is wrong here: it changes a token that plain decoding prefers "
             f"by {margin:.2f}, which rounding does not explain"
         )
-    elif accepted < MIN_ACCEPTANCE_RATE:
+    elif not works:
         verdict = (
             f"speculation will not work: {accepted:.1%} of draft tokens are accepted, "
             "so the drafter is that of another model or damaged"
         )
-    elif speed_up >= MIN_SPEED_UP:
-        verdict = f"speculation works and pays here: {measured}"
     else:
-        verdict = f"speculation works but does not pay here: {measured}"
-    works = margin <= NEAR_TIE and accepted >= MIN_ACCEPTANCE_RATE
-    pays = works and speed_up >= MIN_SPEED_UP
+        gain = "pays" if pays else "does not pay"
+        verdict = (
+            f"speculation works {'and' if pays else 'but'} {gain} here: "
+            f"{speed_up:.2f}x, measured on built-in prompts"
+        )
     return {"works": works, "pays": pays, "verdict": verdict}

@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext bench`: whether speculation pays for a model on this machine."""
+"""`mlx-optiq-ext bench` measures whether speculation pays for a model here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ import click
 
 MAX_DEPTH = 4
 NUM_CONTEXT_TOKENS = 200
-# All prompts together may take so long; loading and the cost of rows come on top.
+# Decoding all prompts may take this long; loading the model and measuring the cost of
+# rows come on top.
 SECONDS = 25.0
-# An answer has at least and at most so many tokens.
+# These are the fewest and the most tokens of an answer.
 NUM_TOKENS = (16, 128)
 
 Report = dict[str, Any]
+Prompts = dict[str, list[int]]
+Variants = list[dict[str, Any]]
 
 
 @click.command()
@@ -73,7 +76,7 @@ def measure(
     from mlx_lm import load
 
     from .. import patches
-    from .._comparing import PROMPTS, chat_prompt, compare, decode, warm_up
+    from .._comparing import PROMPTS, chat_prompt
     from ._machine import describe_machine
 
     warnings.filterwarnings("ignore", message="Speculation with an MTP head")
@@ -81,20 +84,8 @@ def measure(
     model, tokenizer = load(path)
     prompts = {name: chat_prompt(tokenizer, text) for name, text in PROMPTS.items()}
     variants = [{**drafter, "num_draft_tokens": depth} for depth in depths]
-    first = next(iter(prompts.values()))
-    warm_up(model, tokenizer, first, variants)
-    if num_tokens is None:
-        tps = decode(model, tokenizer, first, NUM_TOKENS[0], {}).tps
-        num_tokens = affordable_tokens(tps, len(prompts) * (1 + len(variants)))
-    comparisons: dict[str, Any] = {}
-    with click.progressbar(prompts.items(), label="Decoding", file=sys.stderr) as items:
-        for name, prompt in items:
-            # Where it is no terminal, each label is a line.
-            items.label = f"Decoding {name} ({len(comparisons) + 1} of {len(prompts)})"
-            items.render_progress()
-            comparisons[name] = compare(
-                model, tokenizer, prompt, variants, max_tokens=num_tokens
-            )
+    num_tokens = _prepare(model, tokenizer, prompts, variants, num_tokens)
+    comparisons = _compare(model, tokenizer, prompts, variants, num_tokens)
     by_depth = {
         depth: summarize({name: found[i] for name, found in comparisons.items()})
         for i, depth in enumerate(depths)
@@ -108,6 +99,46 @@ def measure(
         "depths": by_depth,
         "best_depth": best if by_depth[best]["speed_up"] > 1 else 0,
     }
+
+
+def _prepare(
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    variants: Variants,
+    num_tokens: int | None,
+) -> int:
+    """Warm every variant up, and return how long answers may be."""
+    from .._comparing import decode, warm_up
+
+    first = next(iter(prompts.values()))
+    warm_up(model, tokenizer, first, variants)
+    if num_tokens is not None:
+        return num_tokens
+    tps = decode(model, tokenizer, first, NUM_TOKENS[0], {}).tps
+    return affordable_tokens(tps, len(prompts) * (1 + len(variants)))
+
+
+def _compare(
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    variants: Variants,
+    num_tokens: int,
+) -> dict[str, list[Any]]:
+    """Decode every prompt in every variant, and show how far that is."""
+    from .._comparing import compare
+
+    comparisons: dict[str, list[Any]] = {}
+    with click.progressbar(prompts.items(), label="Decoding", file=sys.stderr) as items:
+        for name, prompt in items:
+            # Where the output is no terminal, each label is a line.
+            items.label = f"Decoding {name} ({len(comparisons) + 1} of {len(prompts)})"
+            items.render_progress()
+            comparisons[name] = compare(
+                model, tokenizer, prompt, variants, max_tokens=num_tokens
+            )
+    return comparisons
 
 
 def affordable_tokens(tps: float, num_answers: int) -> int:
@@ -147,9 +178,7 @@ def summarize(comparisons: dict[str, Any]) -> Report:
     }
 
 
-def _verify_cost(
-    model: Any, prompts: dict[str, list[int]], max_rows: int
-) -> dict[int, float]:
+def _verify_cost(model: Any, prompts: Prompts, max_rows: int) -> dict[int, float]:
     """Measure the cost of each number of rows, relative to one, after a context."""
     import mlx.core as mx
 

@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext demo`: an embedded model, plain and with its drafter."""
+"""`mlx-optiq-ext demo` runs an embedded model, plain and with its drafter."""
 
 from __future__ import annotations
 

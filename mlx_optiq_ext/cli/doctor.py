@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext doctor`: whether speculation will work with a model, and pay."""
+"""`mlx-optiq-ext doctor` says whether speculation will work with a model, and pay."""
 
 from __future__ import annotations
 
@@ -113,32 +113,38 @@ def _render_memory(memory: Report) -> list[tuple[str, str]]:
 
 def _render_test(test: Report) -> list[tuple[str, str]]:
     prompts = test["prompts"]
-    num_identical = sum(x["difference"] is None for x in prompts.values())
-    lines = [("exactness", f"{num_identical} of {len(prompts)} texts are identical")]
-    lines += [
-        (
-            "",
-            f"{name}: token {x['difference']['position']} differs, which plain "
-            f"decoding preferred by {x['difference']['margin']:.3f}",
-        )
+    speeds = ", ".join(
+        f"{name} {x['speculative_tps'] / x['plain_tps']:.2f}x"
         for name, x in prompts.items()
-        if x["difference"] is not None
-    ]
-    lines.append(
+    )
+    return [
+        *_render_exactness(prompts),
         (
             "acceptance",
             f"{test['acceptance_rate']:.1%} of draft tokens, "
             f"{test['mean_accepted_length']:.2f} tokens a round, at depth "
             f"{test['num_draft_tokens']}",
-        )
-    )
-    speeds = [
-        f"{name} {x['speculative_tps'] / x['plain_tps']:.2f}x"
-        for name, x in prompts.items()
+        ),
+        ("speed-up", f"{test['speed_up']:.2f}x: {speeds}"),
+        ("", "from one run of each; mlx-optiq-ext bench measures more"),
     ]
-    lines.append(("speed-up", f"{test['speed_up']:.2f}x: {', '.join(speeds)}"))
-    lines.append(("", "from one run of each; mlx-optiq-ext bench measures more"))
-    return lines
+
+
+def _render_exactness(prompts: dict[str, Report]) -> list[tuple[str, str]]:
+    differences = {name: x["difference"] for name, x in prompts.items()}
+    num_identical = list(differences.values()).count(None)
+    return [
+        ("exactness", f"{num_identical} of {len(prompts)} texts are identical"),
+        *(
+            (
+                "",
+                f"{name}: token {x['position']} differs, which plain decoding "
+                f"preferred by {x['margin']:.3f}",
+            )
+            for name, x in differences.items()
+            if x is not None
+        ),
+    ]
 
 
 def _number(count: int) -> str:

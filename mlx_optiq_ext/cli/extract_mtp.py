@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext extract-mtp`: a converted model gets its head back."""
+"""`mlx-optiq-ext extract-mtp` gives a converted model its head back."""
 
 from __future__ import annotations
 

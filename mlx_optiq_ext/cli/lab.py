@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext lab`: a page to start a server, choose its drafter and watch it."""
+"""`mlx-optiq-ext lab` serves a page to start a server, choose its drafter and watch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlx-optiq-ext status`: what is installed, patched and to be expected here."""
+"""`mlx-optiq-ext status` shows what is installed, patched and to be expected here."""
 
 from __future__ import annotations
 

@@ -152,8 +152,11 @@ class Loop:
         committed = self._accept(turn)
         self._roll_back(committed)
         committed = self._admit(turn, committed)
+        num_certain = self._num_certain(turn)
+        if any(num_certain):
+            self._collect(turn)
         plan = self._choose(turn, committed)
-        proposals = self._draft(committed, plan)
+        proposals = self._draft(committed, plan, num_certain)
         self._verify(turn, committed, proposals)
         self._collect(turn)
         self._timer.pause()
@@ -198,7 +201,7 @@ class Loop:
             stats = emission.sequence.options.stats
             stats.add_round(emission.num_drafted, emission.source)
         current = turn.current
-        if seconds is None or current is None:
+        if seconds is None or current is None or current.is_lengthened:
             return
         depths = {emission.num_drafted for emission in turn.emissions}
         is_typical = any(current.plan.num_copied) or (
@@ -265,11 +268,25 @@ class Loop:
         chances = [sequence.chances(WIDTHS[-1]) for sequence in self._riding]
         return self._planner.plan(wanted, limit, chances)
 
-    def _draft(self, committed: Committed, plan: Plan) -> BatchProposals:
+    def _num_certain(self, turn: Turn) -> list[int]:
+        """How many tokens to have in a pass because it is certain that they come.
+
+        Several sequences share a pass, in which the others would pay for its rows.
+        """
+        if len(self._riding) != 1:
+            return [0] * len(self._riding)
+        (sequence,), max_rows = self._riding, self._caches.max_rows(0)
+        return [sequence.num_certain(turn.is_collected, max_rows)]
+
+    def _draft(
+        self, committed: Committed, plan: Plan, num_certain: list[int]
+    ) -> BatchProposals:
         """Show the drafter what was emitted, and let it propose what may follow."""
-        proposals = BatchProposals(self._riding, self._vocab_size, self._drafter.name)
+        proposals = BatchProposals(
+            self._riding, self._vocab_size, self._drafter.name, plan.num_drafted
+        )
         self._session.draft(committed, plan.num_drafted, proposals)
-        proposals.settle(plan)
+        proposals.settle(plan, num_certain)
         if self._catches_up or self._keeps_up:
             self._session.catch_up()
         return proposals
@@ -288,6 +305,11 @@ class Loop:
         self._ahead = Pass(
             self._riding, proposals, output, not turn.is_collected, does_more
         )
+        constrained = [x for x in self._riding if x.verifier.has_constraint]
+        if constrained and not turn.is_collected:
+            # What may come depends on the last token, which is read during the pass.
+            mx.async_eval(output.logits)
+            self._collect(turn)
         self._ahead.dispatch()
 
     def _admit(self, turn: Turn, committed: Committed) -> Committed:

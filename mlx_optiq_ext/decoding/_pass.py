@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Numbers
 from functools import cached_property
 from itertools import islice
 
 import mlx.core as mx
 
 from ..drafters import COPIES, Committed
+from ..grammars import masked
 from ._acceptance import normalized
 from ._plan import Plan
 from ._rows import Proposal, Row, num_accepted_of
 from ._sequence import Sequence
 from ._target import Output
+
+CERTAIN = "grammar"  # where a token came from that had to come
 
 
 class BatchProposals:
@@ -23,20 +27,32 @@ class BatchProposals:
         sequences (Sequence[Sequence]): Whose rules the drafts follow.
         vocab_size (int): That of the target.
         source (str): The name of what computes drafts.
+        num_wanted (Sequence[int]): How many tokens are to be computed for each.
     """
 
-    def __init__(self, sequences: Iterable[Sequence], vocab_size: int, source: str):
+    def __init__(
+        self,
+        sequences: Iterable[Sequence],
+        vocab_size: int,
+        source: str,
+        num_wanted: Numbers[int],
+    ):
         self._sequences = list(sequences)
         self.each: list[Proposal] = [
-            Proposal(each.verifier, each.history, each.num_accepted, vocab_size)
-            for each in self._sequences
+            Proposal(each.verifier, each.history, each.num_accepted, vocab_size, number)
+            for each, number in zip(self._sequences, num_wanted, strict=True)
         ]
+        self._num_wanted = num_wanted
+        # Whether more were added, because they are certain, than were wanted.
+        self.is_lengthened = False
         self._vocab_size = vocab_size
         self._source = source
         self._are_plain = all(each.verifier.is_plain for each in sequences)
         self._latest: mx.array | None = None
         # Tokens that were drafted for all sequences at once, by their position.
         self._columns: list[mx.array] = []
+        # Whether all tokens are the drafter's: none is copied or certain.
+        self._are_drafted = True
 
     @property
     def latest(self) -> mx.array:
@@ -46,7 +62,9 @@ class BatchProposals:
     def add(self, logits: mx.array) -> None:
         if self._are_plain:
             # One operation for all sequences, of which each then has its own token.
-            tokens = mx.argmax(logits[:, : self._vocab_size], axis=-1)
+            logits = logits[:, : self._vocab_size]
+            logits = masked(logits, [proposal.mask(logits) for proposal in self.each])
+            tokens = mx.argmax(logits, axis=-1)
             for index, proposal in enumerate(self.each):
                 proposal.append(tokens[index : index + 1])
             self._latest = tokens[:, None]
@@ -61,24 +79,33 @@ class BatchProposals:
         """How many draft tokens each sequence has."""
         return [len(proposal.drafts) for proposal in self.each]
 
-    def settle(self, plan: Plan) -> None:
-        """Drop what is not wanted of the drafts, and take copies where these are."""
-        for sequence, proposal, number, num_copied in zip(
-            self._sequences, self.each, *plan, strict=True
-        ):
+    def settle(self, plan: Plan, num_certain: Numbers[int]) -> None:
+        """Drop what is not wanted of the drafts, and take copies where these are.
+
+        Args:
+            plan (Plan): What is wanted.
+            num_certain (Sequence[int]): How many tokens to have, where it is certain
+                what comes.
+        """
+        for index, (number, num_copied) in enumerate(zip(*plan, strict=True)):
+            proposal = self.each[index]
             proposal.drop(number)
             proposal.source = self._source
             if num_copied:
                 proposal.source = COPIES
-                self._columns.clear()
-                for token in sequence.copy(num_copied):
-                    proposal.append(mx.array([token], mx.uint32))
+                self._are_drafted = False
+                proposal.take(self._sequences[index].copy(num_copied))
+            elif num_certain[index] > number:
+                proposal.source = self._source if number else CERTAIN
+                proposal.add_certain(num_certain[index])
+                self.is_lengthened = True
+                self._are_drafted = False
 
     @cached_property
     def matrix(self) -> mx.array:
         """Draft tokens ``[num_sequences, max(num_drafts)]``, with padding behind."""
         width, blank = max(self.num_drafts), mx.zeros(1, mx.uint32)
-        if self._columns:
+        if self._columns and self._are_drafted:
             return mx.stack(self._columns[:width], axis=1)
         rows = []
         for proposal in self.each:
@@ -113,6 +140,7 @@ class Pass:
     ):
         self.sequences = sequences
         self.num_drafted = proposals.num_drafts
+        self.is_lengthened = proposals.is_lengthened
         self.sources = [proposal.source for proposal in proposals.each]
         self.is_early = is_early
         self.does_more = does_more
@@ -147,7 +175,8 @@ class Pass:
             # Nobody asks for a token after the last: no logits are computed.
             mx.async_eval(self.output.first)
             return
-        logits = self.output.logits
+        self._logits = logits = self._constrained(self.output.logits, read)
+        read = [i for i in read if i not in self.errors]
         plain = [i for i in read if self.sequences[i].verifier.is_plain]
         if plain:
             self._judge_plain(logits, plain)
@@ -206,6 +235,23 @@ class Pass:
             self._walk(index)
         self.is_collected = True
 
+    def _constrained(self, logits: mx.array, read: list[int]) -> mx.array:
+        """Forbid what may not come, in all rows at once."""
+        if all(self._proposals.each[index].lookahead is None for index in read):
+            return logits
+        # The pass is under way while the host works out the masks.
+        mx.async_eval(logits)
+        masks: list[bytes | None] = []
+        for index, proposal in enumerate(self._proposals.each):
+            rows: list[bytes | None] = []
+            if index in read:
+                try:
+                    rows = proposal.masks()
+                except Exception as error:
+                    self.errors[index] = error
+            masks += [*rows, *[None] * (logits.shape[1] - len(rows))]
+        return masked(logits, masks)
+
     def _take(self, index: int, tokens: list[int]) -> None:
         """Read what was packed: tokens, and behind them how many were accepted."""
         if self.num_drafted[index]:
@@ -250,7 +296,7 @@ class Pass:
     def _walk(self, index: int) -> None:
         """Judge row after row, none before its draft token is known to be accepted."""
         number, verifier = self.num_drafted[index], self.sequences[index].verifier
-        own = self.output.logits[index : index + 1, : number + 1]
+        own = self._logits[index : index + 1, : number + 1]
         try:
             for row in verifier.rows(own, self._proposals.each[index]):
                 token, is_accepted = mx.concatenate(

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..drafters import Drafter
+from ..grammars import masked
 from ._loop import Start
 from ._rows import Proposal
 from ._sequence import Sequence
@@ -85,7 +86,11 @@ class Prompt:
             return start
         try:
             proposal = Proposal(sequence.verifier, sequence.history)
-            (row,) = sequence.verifier.rows(output.logits, proposal)
+            logits = output.logits
+            if sequence.verifier.has_constraint:
+                mx.async_eval(logits)
+                logits = masked(logits, proposal.masks())
+            (row,) = sequence.verifier.rows(logits, proposal)
             start.token, start.logprobs = row.token, row.logprobs
             mx.async_eval(row.token, row.logprobs)
         except Exception as error:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import mlx.core as mx
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
+from .._options import MAX_DRAFT_TOKENS
+from ..grammars import masked
 from ._acceptance import DraftToken, Greedy, is_pure, normalized, rule_for
+from ._lookahead import Lookahead, split_processors
 
 
 class Row(NamedTuple):
@@ -46,7 +50,7 @@ class Verifier:
         has_company: bool = False,
     ):
         self.rule = rule_for(sampler, is_timed, seed, has_company)
-        self.processors = list(processors or [])
+        self.constrained, self.processors = split_processors(processors or [])
         self.draft_processors = [p for p in self.processors if is_pure(p)]
         self.is_stepwise = self.rule.is_stepwise or (
             self.draft_processors != self.processors
@@ -54,11 +58,19 @@ class Verifier:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every token is the most probable one of the logits as they are."""
+        """Whether every token is the most probable one of those that may come."""
         return isinstance(self.rule, Greedy) and not self.processors
 
+    @property
+    def has_constraint(self) -> bool:
+        """Whether not every token may come in the next pass."""
+        return self.constrained is not None and not self.constrained.is_idle
+
     def rows(self, logits: mx.array, proposal: Proposal) -> Iterator[Row]:
-        """Judge the rows of ``logits``, shape ``[1, num_rows, vocab]``, in order."""
+        """Judge the rows of ``logits``, shape ``[1, num_rows, vocab]``, in order.
+
+        Tokens that may not come are forbidden in them already.
+        """
         for row in range(logits.shape[1]):
             logprobs = logprobs_of(
                 logits[:, row, :], proposal.histories[row], self.processors
@@ -78,6 +90,7 @@ class Proposal:
         index (int): Tokens generated before the first one of the round.
         vocab_size (int, optional): That of the target. Models pad theirs to different
             sizes, so a drafter may have another one.
+        num_wanted (int): Draft tokens beyond this number do not count.
     """
 
     def __init__(
@@ -86,8 +99,10 @@ class Proposal:
         history: mx.array | None,
         index: int = 0,
         vocab_size: int | None = None,
+        num_wanted: int = MAX_DRAFT_TOKENS,
     ):
         self._verifier = verifier
+        self._num_wanted = num_wanted
         self.vocab_size = vocab_size
         self.index = index
         self.drafts: list[DraftToken] = []
@@ -98,12 +113,78 @@ class Proposal:
     def tokens(self) -> list[mx.array]:
         return [draft.token for draft in self.drafts]
 
+    @cached_property
+    def lookahead(self) -> Lookahead | None:
+        """What may come, None if all tokens may.
+
+        Asked for when the tokens before the round are known, or do not matter.
+        """
+        constrained = self._verifier.constrained
+        if constrained is None or constrained.is_idle:
+            return None
+        return Lookahead(constrained)
+
     def add(self, logits: mx.array) -> None:
         history = self.histories[-1]
         logits = _fit(logits, self.vocab_size or logits.shape[-1])
+        logits = masked(logits, [self.mask(logits)])
+        if self.add_forced():
+            return
         logits = processed(logits, history, self._verifier.draft_processors)
         index = self.index + len(self.drafts)
         self._append(self._verifier.rule.propose(logits, index))
+
+    def mask(self, logits: mx.array) -> bytes | None:
+        """The tokens that may come after the draft tokens, None if all.
+
+        Args:
+            logits (mx.array): What it is for, which are computed meanwhile.
+        """
+        if len(self.drafts) >= self._num_wanted or self.lookahead is None:
+            return None
+        if self.lookahead.num_known < len(self.drafts):
+            mx.async_eval(logits)
+            self.lookahead.see(self.tokens)
+        return self.lookahead.masks[-1]
+
+    def masks(self) -> list[bytes | None]:
+        """The tokens that may come in each row of the verify pass."""
+        if self.lookahead is None:
+            return [None] * (len(self.drafts) + 1)
+        self.lookahead.see(self.tokens)
+        self.lookahead.close()
+        return self.lookahead.masks
+
+    def add_forced(self) -> bool:
+        """Add the next token if there is only one that may come."""
+        number = len(self.drafts)
+        if number >= self._num_wanted or self.lookahead is None:
+            return False
+        if self.lookahead.num_known < number:
+            return False
+        if (token := self.lookahead.forced) is None:
+            return False
+        self.append(mx.array([token], mx.uint32))
+        self.lookahead.see(self.tokens)
+        return True
+
+    def add_certain(self, number: int) -> None:
+        """Add tokens that are certain, until there are so many."""
+        self._num_wanted = number
+        while self.add_forced():
+            pass
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take tokens from elsewhere, as far as they may come."""
+        for token in tokens:
+            self.append(mx.array([token], mx.uint32))
+            if self.lookahead is None:
+                continue
+            self.lookahead.see(self.tokens)
+            if self.lookahead.is_lost:
+                self.drop(len(self.drafts) - 1)
+                self.lookahead.forget()
+                return
 
     def append(self, token: mx.array) -> None:
         """Take a token, shape ``[1]``, that was drawn already."""
@@ -117,6 +198,9 @@ class Proposal:
     def _append(self, draft: DraftToken) -> None:
         history = self.histories[-1]
         self.drafts.append(draft)
+        if self.lookahead is not None:
+            # The host reads it while what is made of it is computed.
+            mx.async_eval(draft.token)
         if history is not None:
             history = mx.concatenate([history, draft.token])
         self.histories.append(history)

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .._options import NumDraftTokens
+from .._options import MAX_DRAFT_TOKENS, NumDraftTokens
 from ..drafters import Lookup
 from ._rows import Verifier
 from ._statistics import SpeculationStats
@@ -93,6 +93,19 @@ class Sequence:
         num_rows = min(self._max_tokens - self.num_accepted, max_rows)
         return max(min(wanted if number == "auto" else number, num_rows - 1), 0)
 
+    def num_certain(self, is_known: bool, max_rows: float) -> int:
+        """How many tokens to draft for it because they are certain to be right.
+
+        Args:
+            is_known (bool): Whether the token before them is.
+            max_rows (float): The most that the pass may have.
+        """
+        constrained = self.verifier.constrained
+        if constrained is None or self.options.num_draft_tokens != "auto":
+            return 0
+        number = min(constrained.num_forced(is_known), MAX_DRAFT_TOKENS)
+        return int(self.num_to_draft(number, max_rows))
+
     @property
     def history(self) -> mx.array | None:
         """What logits processors are shown, ``[num_tokens]``; None without any."""
@@ -141,8 +154,11 @@ class Sequence:
 
     def emit(self, tokens: list[int]) -> list[int]:
         """Those of the tokens that are emitted: all, unless one of them is the last."""
+        constrained = self.verifier.constrained
         for number, token in enumerate(tokens, 1):
             self.tokens.append(token)
+            if constrained is not None:
+                constrained.advance(token)
             self._num_emitted += 1
             # In mlx-lm's order: a stop sequence wins over the limit.
             if self._matcher is not None and self._matcher.advance(token):

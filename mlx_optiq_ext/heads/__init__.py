@@ -1,4 +1,4 @@
-"""Where a model's MTP head is stored, and how its tensors become a module.
+"""Finds, loads and writes the MTP heads of models.
 
 Qwen3.5, Qwen3.6 and Qwen3.8 models have such a head, and Ternary-Bonsai-2-27B, whose
 weights are rotated, takes the one of Qwen3.8-27B. The first of these places that holds

@@ -1,4 +1,4 @@
-"""Bringing a head along when its model is converted."""
+"""Brings a head along when its model is converted."""
 
 from __future__ import annotations
 

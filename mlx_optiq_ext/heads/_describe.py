@@ -1,4 +1,4 @@
-"""Describing how a head is stored."""
+"""Describes how a head is stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXPERTS = {
 
 @dataclass(frozen=True)
 class HeadDescription:
-    """How a head is stored.
+    """The way in which a head is stored.
 
     Args:
         files (tuple): The files that it is in.
@@ -37,10 +37,11 @@ def describe_head(source: str | Path) -> HeadDescription:
     """Describe a head that can be loaded.
 
     Args:
-        source (str or Path): As for ``load_head``.
+        source (str or Path): A folder, ``.safetensors`` file or Hub id.
 
     Raises:
-        SpeculationError: If there is no head, or nothing tells how its norms are.
+        SpeculationError: If there is no head, or if nothing tells the convention of
+          its norms.
     """
     stored = find_head(source)
     evidence = told_norms(stored, rename(stored))

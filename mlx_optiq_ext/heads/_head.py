@@ -44,14 +44,14 @@ class MTPHead(nn.Module):
         """Run the head over consecutive positions.
 
         Args:
-            embeddings (mx.array): Of the tokens after each position,
+            embeddings (mx.array): The embeddings of the tokens after each position,
               ``[batch, num_tokens, hidden_size]``.
             hidden (mx.array): The target's states after its last norm, or the head's
               own output where there are none yet, of the same shape.
-            cache (KVCache, optional): The head's own, with all earlier positions.
+            cache (KVCache, optional): The head's own cache, with all earlier positions.
 
         Returns:
-            mx.array: States to project to logits, of the same shape.
+            mx.array: The states to project to logits, of the same shape.
         """
         x = mx.concatenate(
             [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)],

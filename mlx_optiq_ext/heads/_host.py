@@ -15,9 +15,9 @@ from mlx_lm.utils import dequantize_model
 from .._errors import SpeculationError
 from ._head import MTPHead
 
-# Qwen3.8 has the type of Qwen3.5. The last is that of models whose weights are rotated.
+# Qwen3.8 has the type of Qwen3.5. The weights of models of the last type are rotated.
 MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "prism_hadamard_qwen35")
-# Group size and bits of each mode, which are the defaults of mlx_lm.convert.
+# These are the group size and bits of each mode, by default, in mlx_lm.convert.
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
 # Routers choose the experts and are small, so they stay in full. mlx-lm gives those of
@@ -58,7 +58,7 @@ class Host:
 
 
 def may_have_head(model: nn.Module) -> bool:
-    """Whether a model is of a family whose models have an MTP head."""
+    """Tell whether a model is of a family whose models have an MTP head."""
     return isinstance(model, qwen3_5.Model)
 
 
@@ -74,11 +74,11 @@ def check_type(model: nn.Module) -> None:
 
 
 def _head_params(model: nn.Module) -> Params | None:
-    """How the head of a model is quantised: as its last layer with attention is.
+    """Choose how a model's head is quantised: as the last layer with attention is.
 
-    Where the layers of that differ, the head is quantised as most of them are, since
-    mlx-optiq cannot read a head of several kinds. Weights that are rotated bear fewer
-    bits than those of a head, which gets the default of mlx_lm.convert instead.
+    Where the modules of that layer differ, the head is quantised as most of them are,
+    since mlx-optiq cannot read a head of several kinds. Rotated weights bear fewer bits
+    than those of a head, which gets the default of mlx_lm.convert instead.
     """
     layers = (x for x in reversed(model.language_model.layers) if not x.is_linear)
     params = usual_params(quantization_of(next(layers, nn.Module())))
@@ -89,7 +89,7 @@ def _head_params(model: nn.Module) -> Params | None:
 
 
 def dtype_of_states(model: nn.Module) -> mx.Dtype:
-    """The type of a model's states, which the weights of a quantised one do not tell.
+    """Find the type of a model's states, which quantised weights do not tell.
 
     The states are built and never evaluated.
     """
@@ -97,9 +97,14 @@ def dtype_of_states(model: nn.Module) -> mx.Dtype:
 
 
 def quantization_of(module: nn.Module) -> dict[str, Params]:
-    """How the quantised modules in a module are quantised, by their path.
+    """List how the quantised modules in a module are quantised.
 
-    In the place of a mode, a module that is not one of MLX's has the name of its class.
+    Args:
+        module (nn.Module): A model or a head.
+
+    Returns:
+        dict: Group size, bits and mode by the path of a module. Where a module is not
+        one of MLX's, its mode is the name of its class.
     """
     return {
         path: {
@@ -113,7 +118,7 @@ def quantization_of(module: nn.Module) -> dict[str, Params]:
 
 
 def usual_params(by_path: dict[str, Params]) -> Params | None:
-    """What most of these modules are quantised with, None if there are none."""
+    """Find what most of these modules are quantised with, None if there are none."""
     counts = Counter(tuple(params.items()) for params in by_path.values())
     return dict(counts.most_common(1)[0][0]) if counts else None
 
@@ -125,10 +130,10 @@ def quantization_params(
 
     Args:
         head (MTPHead): The head, not quantised.
-        bits (int, optional): Bits of each weight. Default: those of the mode.
-        group_size (int, optional): Weights that share a scale. Default: that of the
-          mode.
-        mode (str): One of ``MODES``.
+        bits (int, optional): The bits of each weight. Default: those of the mode.
+        group_size (int, optional): The number of weights that share a scale. Default:
+          that of the mode.
+        mode (str): The mode, one of ``MODES``.
 
     Raises:
         ValueError: If no layer can be divided into such groups.
@@ -160,7 +165,7 @@ def quantize_head(head: MTPHead, params: Params | None) -> MTPHead:
 
     Args:
         head (MTPHead): The head.
-        params (dict, optional): Group size, bits and mode. Default: the head is left as
+        params (dict, optional): The group size, bits and mode. None leaves the head as
           it is.
 
     Raises:
@@ -177,7 +182,7 @@ def quantize_head(head: MTPHead, params: Params | None) -> MTPHead:
 
 
 def dequantize_head(head: MTPHead, dtype: mx.Dtype) -> MTPHead:
-    """Put the quantised layers of a head in full, in place."""
+    """Expand, in place, the quantised layers of a head to a type of full precision."""
     dequantize_model(head)
     head.set_dtype(dtype)
     return head

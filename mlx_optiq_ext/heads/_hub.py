@@ -1,4 +1,4 @@
-"""Fetching the few files of a Hub repository that hold a head."""
+"""Fetches the few files of a Hub repository that hold a head."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class HubRepo:
 
 
 def parse_repo_id(name: str) -> HubRepo | None:
-    """The repository that ``ORG/NAME`` stands for, None if a name is not like that."""
+    """Return the repository that ``ORG/NAME`` names, None for other text."""
     return HubRepo(name) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
 
 
 def repo_of_snapshot(folder: Path) -> HubRepo | None:
-    """The repository that a folder is the cached snapshot of, if it is one."""
+    """Return the repository that a folder is the cached snapshot of, if it is one."""
     repo_folder = folder.parent.parent
     kind, *names = repo_folder.name.split("--")
     if folder.parent.name != "snapshots" or kind != "models" or not names:
@@ -39,12 +39,12 @@ def repo_of_snapshot(folder: Path) -> HubRepo | None:
 
 
 def in_hub_cache(folder: Path) -> bool:
-    """Whether a folder is a cached snapshot, which nobody but the client changes."""
+    """Tell whether a folder is a cached snapshot, which only the client changes."""
     return repo_of_snapshot(folder.absolute()) is not None
 
 
 def cached_snapshot(repo: HubRepo) -> Path | None:
-    """The folder of a repository in the cache, without asking the Hub."""
+    """Find the folder of a repository in the cache, without asking the Hub."""
     config = try_to_load_from_cache(repo.repo_id, CONFIG, repo.cache_dir, repo.revision)
     return Path(config).parent if isinstance(config, str) else None
 
@@ -53,9 +53,10 @@ def fetch(repo: HubRepo, choose_files: Callable[[Path, list[str]], list[str]]) -
     """Download the configuration of a repository, then the files chosen by it.
 
     Args:
-        repo (HubRepo): What to download from.
-        choose_files (Callable): Given a folder with the configuration and the names of
-          all files in the repository, returns the names of those that are wanted.
+        repo (HubRepo): The repository.
+        choose_files (Callable): A function that gets a folder with the configuration
+          and the names of all files in the repository, and returns the names of those
+          that are wanted.
 
     Returns:
         Path: The snapshot, with those files in it.

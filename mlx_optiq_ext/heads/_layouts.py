@@ -1,4 +1,4 @@
-"""The names that mlx-lm's own modules have for the tensors of a head."""
+"""Gives the tensors of a head the names that mlx-lm's own modules have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import mlx.core as mx
 
 from ._locate import StoredHead, Tensors
 
-# Raw checkpoints have no ".weight" on fused experts; quantised ones have a suffix.
+# Fused experts of raw checkpoints have no ".weight"; quantised ones have a suffix.
 _FUSED = re.compile(r"(.*\.mlp)\.(?:experts|switch_mlp)\.gate_up_proj(\.\w+)?")
 _FUSED_DOWN = re.compile(r"(.*\.mlp)\.experts\.down_proj(\.\w+)?")
 _NUMBERED = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+_proj\.\w+)")
 
 
 def rename(stored: StoredHead) -> Tensors:
-    """Name the tensors of a head as ``MTPHead`` does, experts stacked.
+    """Name the tensors of a head as ``MTPHead`` does, and stack its experts.
 
     Raises:
         SpeculationError: If experts are stored one by one and do not fit together.

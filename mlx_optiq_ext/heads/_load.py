@@ -1,4 +1,4 @@
-"""From stored tensors to a module that is ready to run."""
+"""Makes a module that is ready to run from stored tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def build_head(stored: StoredHead, args: TextModelArgs, dtype: mx.Dtype) -> MTPH
 
     Args:
         stored (StoredHead): The tensors.
-        args (TextModelArgs), dtype (mx.Dtype): As for ``load_head``.
+        args (TextModelArgs): The arguments of the model that reads text.
+        dtype (mx.Dtype): The type of the model's states.
 
     Raises:
         SpeculationError: If it is not a head for this model.
@@ -84,9 +85,9 @@ def _check_kind(stored: StoredHead, weights: Tensors) -> None:
 
 
 def _check_vocabulary(stored: StoredHead, args: TextModelArgs) -> None:
-    """Compare what a head says of the model that it was trained with.
+    """Compare the vocabulary with that of the model that a head was trained with.
 
-    None of its tensors tells: it has no embeddings.
+    No tensor of a head tells its size, because a head has no embeddings.
     """
     found = text_config(stored.config).get("vocab_size")
     if found is not None and found != args.vocab_size:
@@ -100,7 +101,7 @@ def _check_vocabulary(stored: StoredHead, args: TextModelArgs) -> None:
 def _check_numbers(stored: StoredHead, weights: Tensors) -> None:
     """Raise SpeculationError if there is a NaN or an infinity; it spoils every draft.
 
-    The norms come after this: such values would say wrong things of them.
+    This precedes the check of the norms, whose means such values would falsify.
     """
     names = [n for n, x in weights.items() if mx.issubdtype(x.dtype, mx.floating)]
     try:
@@ -116,9 +117,9 @@ def _check_numbers(stored: StoredHead, weights: Tensors) -> None:
 
 
 def _check_tensors(stored: StoredHead, head: MTPHead, weights: Tensors) -> None:
-    """Compare with the head as it is before any layer is quantised.
+    """Compare names and shapes with those of the head before any layer is quantised.
 
-    Packing changes only the last axis.
+    The shape of a quantised weight differs in the last axis only.
     """
     expected = dict(tree_flatten(head.parameters()))
     quantized = {name[:-7] for name in weights if name.endswith(".scales")}

@@ -1,4 +1,4 @@
-"""Finding the tensors of a head, on disk or on the Hub."""
+"""Finds the tensors of a head, on disk or on the Hub."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _UNPREFIXED = "pre_fc_norm_hidden.weight"  # Only MTP heads have such a tensor.
 _CONVOLUTION = "conv1d.weight"
 
 Tensors = dict[str, mx.array]
-# The arrays and the metadata of files.
+# This holds the arrays and the metadata of files.
 Loaded = dict[Path, tuple[Tensors, dict[str, str]]]
 
 
 @dataclass(frozen=True)
 class StoredHead:
-    """A head as it is stored. Its arrays are read from the files when they are used.
+    """A head as it is stored, whose arrays are read from the files when they are used.
 
     Args:
         tensors (dict): Arrays by their name without prefix, such as ``fc.weight``.
@@ -81,7 +81,8 @@ def search(source: str | Path) -> tuple[Path, StoredHead | None]:
     """Search a place for a head.
 
     Args:
-        source (str or Path): As for ``find_head``.
+        source (str or Path): A model or head folder, a ``.safetensors`` file or a Hub
+          id.
 
     Returns:
         tuple: The file or folder that was searched last, and the head or None.
@@ -97,10 +98,11 @@ def search(source: str | Path) -> tuple[Path, StoredHead | None]:
 
 
 def has_head(source: str | Path) -> bool:
-    """Whether a place has an MTP head, be it a good one or not.
+    """Tell whether a place has an MTP head, be it a good one or not.
 
     Args:
-        source (str or Path): As for ``find_head``.
+        source (str or Path): A model or head folder, a ``.safetensors`` file or a Hub
+          id.
 
     Raises:
         SpeculationError: If there is no such place, or its files cannot be read.
@@ -109,7 +111,7 @@ def has_head(source: str | Path) -> bool:
 
 
 def sidecar_names(config: Mapping[str, Any]) -> list[str]:
-    """Where beside a model its head may be, most specific first."""
+    """List the files beside a model that may hold its head, the most specific first."""
     declared = block(config, "mlx_lm_extra_tensors").get("mtp_file")
     if isinstance(declared, str) and declared:
         return [declared, *SIDECARS]
@@ -117,13 +119,13 @@ def sidecar_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def indexed_shards(folder: Path) -> list[str]:
-    """The shards that, says the index of a model, hold its head."""
+    """List the shards that hold the head of a model, as its index says."""
     weight_map = _read_weight_map(folder)
     return sorted({file for name, file in weight_map.items() if _PREFIX.match(name)})
 
 
 def files_to_fetch(folder: Path, repo_files: Iterable[str]) -> list[str]:
-    """The files of a repository that hold its head, judged without their content.
+    """Choose the files of a repository that hold its head, without their content.
 
     Args:
         folder (Path): Holds the configuration and, if there is one, the index.
@@ -171,7 +173,7 @@ def _search(folder: Path) -> StoredHead | None:
 
 
 def _files_with_convolutions(folder: Path) -> list[Path]:
-    """A shard of the trunk that tells how the trunk is stored, as a list."""
+    """Find a shard that tells how the trunk is stored; the list may be empty."""
     weight_map = _read_weight_map(folder).items()
     names = (file for name, file in weight_map if name.endswith(_CONVOLUTION))
     return [folder / name for name in islice(names, 1)]
@@ -198,9 +200,10 @@ def _read(
     """Read the head in some files, all of which have to be whole.
 
     Args:
-        files (Iterable): What may hold the head.
+        files (Iterable): The files that may hold the head.
         config (dict): The configuration beside them.
-        beside (Iterable): What may tell how the trunk is stored, whole or not.
+        beside (Iterable): Files that may tell how the trunk is stored. They need not be
+          whole.
     """
     loaded = {file: _load(file) for file in files}
     return _stored_head(loaded, config, _load_readable(beside) | loaded)
@@ -247,7 +250,7 @@ def _without_prefix(arrays: Tensors) -> Tensors:
 
 
 def _trunk_is_raw(loaded: Loaded, holders: Iterable[Path]) -> bool | None:
-    """How the trunk is stored, by the convolutions that every converter transposes.
+    """Tell how the trunk is stored, by convolutions, which every converter transposes.
 
     A raw trunk means that nothing was converted. A converted one tells nothing about a
     head in another file, which may have been added later.
@@ -295,7 +298,7 @@ def _read_json(file: Path, default: dict[str, Any] | None = None) -> dict[str, A
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
-    """Which file has a tensor, by its name; empty if a model has no index."""
+    """Read the names of files by names of tensors; empty if a model has no index."""
     file = folder / _hub.INDEX
     found = _read_json(file, default={}).get("weight_map", {})
     is_map = isinstance(found, dict)

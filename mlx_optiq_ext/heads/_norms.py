@@ -1,4 +1,4 @@
-"""Whether the norms of a stored head are those that ``nn.RMSNorm`` multiplies with.
+"""Tells whether the norms of a stored head are as ``nn.RMSNorm`` takes them.
 
 Qwen3.5 multiplies with ``1 + weight`` and its checkpoints hold ``weight``: they are
 *zero-centred*. Converters add the one, which makes them *absolute*, or forget the head.
@@ -33,24 +33,32 @@ _CLEAR_MEANS = {
 
 
 class Evidence(NamedTuple):
-    """One thing that tells a convention, and what it tells."""
+    """One observation, and the convention of norms that it tells."""
 
     convention: str
     observation: str
 
 
 def restore_norms(stored: StoredHead, weights: Tensors) -> Tensors:
-    """Make the norms of a head absolute; arguments and errors as ``told_norms``'s."""
+    """Make the norms of a head absolute.
+
+    Args:
+        stored (StoredHead): Tells how the head is stored.
+        weights (dict): All tensors of the head, under the names of ``MTPHead``.
+
+    Raises:
+        SpeculationError: If the convention of the norms is not certain.
+    """
     if told_norms(stored, weights).convention == _ABSOLUTE:
         return weights
     return weights | {name: weights[name] + 1 for name in _CLEAR_MEANS}
 
 
 def told_norms(stored: StoredHead, weights: Tensors) -> Evidence:
-    """The convention of a head's norms, with the best evidence for it.
+    """Find the convention of a head's norms, with the best evidence for it.
 
-    What stands beside the head decides, else the norms of its layer; the others are
-    below 1 in either convention. Whatever is clear must agree.
+    What is stored beside the head decides, and otherwise the norms of its layer; the
+    other norms are below 1 in either convention. All clear evidence must agree.
 
     Args:
         stored (StoredHead): Tells how the head is stored.

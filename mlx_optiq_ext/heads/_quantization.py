@@ -1,4 +1,4 @@
-"""Quantising the layers of a head as the stored tensors were."""
+"""Quantises the layers of a head as the stored tensors are."""
 
 from __future__ import annotations
 

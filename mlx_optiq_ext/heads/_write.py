@@ -1,14 +1,14 @@
-"""Writing a head beside a model, as this package, mlx-optiq and mlx-vlm read it.
+"""Writes a head beside a model, as this package, mlx-optiq and mlx-vlm read it.
 
 The file is ``optiq/mtp.safetensors``. Loaders that take every ``*.safetensors`` file of
 a folder for weights of the model (mlx-vlm, LM Studio) do not look into folders within
 it. The index of the model stays as it is: mlx-vlm 0.6.5 adds one to all norms of a
 model whose index has ``mtp.*``.
 
-Names are those of mlx-lm's modules behind ``mtp.``, norms are absolute, and the file is
-marked as written for MLX, by which mlx-vlm and this package know the norms. A copy of
-the model's ``config.json`` beside it makes the folder one that mlx-vlm takes as a
-drafter, with ``--draft-model MODEL/optiq``. It is the same to the byte because LM
+Names are those of mlx-lm's modules with the prefix ``mtp.``, norms are absolute, and
+the file is marked as written for MLX, by which mlx-vlm and this package know the norms.
+A copy of the model's ``config.json`` beside the head makes the folder a drafter for
+mlx-vlm, with ``--draft-model MODEL/optiq``. The copy has the same bytes because LM
 Studio puts the files of all folders into one.
 
 In ``config.json``, ``mlx_lm_extra_tensors`` names the file for mlx-optiq, and
@@ -53,7 +53,7 @@ def add_sidecar(folder: Path, head: MTPHead) -> Path:
     as long as it is missing, what the configuration says of it is without effect.
 
     Args:
-        folder (Path): Has the model's ``config.json``.
+        folder (Path): The folder with the model's ``config.json``.
         head (MTPHead): The head.
 
     Returns:
@@ -81,9 +81,9 @@ def add_sidecar(folder: Path, head: MTPHead) -> Path:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Have errors name the file that was to be written in the end.
+    """Let errors name the file that was to be written in the end.
 
-    Those of a full disk name no file, and MLX's are no OSError.
+    The error of a full disk names no file, and MLX raises no OSError.
     """
     try:
         yield
@@ -112,7 +112,7 @@ def declare(config: dict[str, Any], head: MTPHead) -> dict[str, Any]:
 
 
 def _quantization_block(config: dict[str, Any], head: MTPHead) -> Params | None:
-    """How a head is quantised, None if it is in full or as the model's block says."""
+    """Describe a head's quantisation, None if it is in full or that of the model."""
     by_path = quantization_of(head)
     usual = usual_params(by_path)
     if usual is None:

@@ -19,14 +19,15 @@ class SharedKVMixin:
 
     @property
     def text_model(self) -> gemma4_text.Model:
-        """The model itself, or the text model in it if it also reads images."""
+        """Return the model itself, or the text model in it if it also reads images."""
         return self.language_model if isinstance(self, gemma4.Model) else self
 
     @property
     def donors(self) -> dict[str, int]:
-        """For each type of layer, the last one that has keys and values of its own.
+        """Find the last layer of each type that has keys and values of its own.
 
-        The index is that of the layer and of its cache entry.
+        Returns:
+            dict: The index of the layer, and of its cache entry, by type of layer.
         """
         layers = enumerate(self.text_model.layers)
         return {layer.layer_type: i for i, layer in layers if layer.self_attn.has_kv}

@@ -1,4 +1,4 @@
-"""mlx-lm's classes of the server, with what differs in ours."""
+"""Extends the classes of mlx-lm's server by what ours does otherwise."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Generator(server.ResponseGenerator):
 
 
 def _drafting(model: Any, arguments: Any) -> Request | None:
-    """What ``stream_generate`` is asked for on behalf of a request."""
+    """Say what ``stream_generate`` is asked for on behalf of a request."""
     served = serving.speculation_of(model)
     if served is None:
         return None
@@ -136,9 +136,9 @@ def serve(host: str, port: int, provider: Any, *, is_command: bool) -> None:
     """Serve until the process is interrupted.
 
     Args:
-        host (str): Of the address to listen at.
-        port (int): And its port.
-        provider (ModelProvider): mlx-lm's.
+        host (str): The host of the address to listen at.
+        port (int): The port of that address.
+        provider (ModelProvider): mlx-lm's object that loads models.
         is_command (bool): Whether this is mlx-lm's command, not some other program.
     """
     prompt_cache = serving.PromptCache.of(

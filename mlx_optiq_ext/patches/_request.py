@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .._options import NumDraftTokens
@@ -29,6 +29,10 @@ class Request:
         seed (int, optional): The seed of what is sampled.
         batch (BatchSpeculation, optional): How the sequences of the batch generator
           that is made next are decoded.
+        structure (dict): The arguments of ``generate`` that say what the reply has to
+          look like.
+        constrain (Callable, optional): The logits processors for a sequence of the
+          batch generator that is made next, by the tokens of its prompt.
     """
 
     mtp: str | bool | None = None
@@ -39,6 +43,8 @@ class Request:
     stats: Any = None
     seed: int | None = None
     batch: Any = None
+    structure: dict[str, Any] = field(default_factory=dict)
+    constrain: Callable[[list[int]], list[Any]] | None = None
 
     @property
     def is_speculative(self) -> bool:
@@ -46,7 +52,7 @@ class Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of ``generate`` that ask for the same speculation."""
+        """Return the arguments of ``generate`` that ask for the same speculation."""
         return {
             "mtp": self.mtp,
             "draft": self.draft,
@@ -55,6 +61,9 @@ class Request:
             "prompt_lookup": self.prompt_lookup,
         }
 
+
+# The arguments of ``generate`` that say what a reply has to look like.
+STRUCTURE = ("json_schema", "regex", "grammar", "max_thinking_tokens")
 
 # This carries the request where functions of mlx-lm have no argument that could do so.
 current: ContextVar[Request | None] = ContextVar("current", default=None)
@@ -76,4 +85,17 @@ def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         and kwargs.get("draft_model") is None
         and len(args) <= DRAFT_MODEL_POSITION
         and (request is None or not request.is_speculative)
+    )
+
+
+def is_free(kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether nothing is asked of what the reply looks like.
+
+    Args:
+        kwargs (Mapping[str, Any]): The keyword arguments of a call of ``generate``,
+          ``stream_generate`` or ``batch_generate``.
+    """
+    request = current.get()
+    return kwargs.keys().isdisjoint(STRUCTURE) and (
+        request is None or not request.structure
     )

@@ -30,7 +30,7 @@ class Speculation:
     """An object that mlx-lm takes for a draft model and passes on to our patches.
 
     Args:
-        drafter (Drafter): What proposes tokens.
+        drafter (Drafter): The drafter.
         num_draft_tokens (int or str, optional): The number of tokens to draft in a
           round, or ``"auto"``. Default: that of ``spec_generate_step``.
         stats (SpeculationStats, optional): The counts to add to. Default: new ones.
@@ -103,10 +103,10 @@ class Speculation:
 
 
 class BatchSpeculation:
-    """How the sequences of one call of ``batch_generate`` are decoded.
+    """The speculation that the sequences of one call of ``batch_generate`` share.
 
     Args:
-        speculation (Speculation): What was asked for.
+        speculation (Speculation): The speculation that was asked for.
     """
 
     def __init__(self, speculation: Speculation):
@@ -116,7 +116,7 @@ class BatchSpeculation:
         self._prompt_lookup = speculation.prompt_lookup
 
     def sequence_options(self) -> SequenceOptions:
-        """Those of the next sequence."""
+        """Make the options of the next sequence, and keep its counts."""
         self.stats.append(SpeculationStats())
         return SequenceOptions(
             self._num_draft_tokens, self.stats[-1], prompt_lookup=self._prompt_lookup

@@ -1,12 +1,13 @@
-"""Wrappers for mlx-lm's server and batch generator: speculation in what they decode."""
+"""Wrappers that let mlx-lm's server and batch generator speculate."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from .._record import record_of
-from ._request import Request, current, is_plain
+from ._request import Request, current, is_free, is_plain
 
 
 def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -27,7 +28,12 @@ def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if (request := current.get()) is not None and request.batch is not None:
+    request = current.get()
+    if request is not None and request.constrain is not None:
+        call = inspect.signature(wrapped).bind(*args, **kwargs)
+        _constrain(instance, call.arguments, request.constrain)
+        args, kwargs = call.args, call.kwargs
+    if request is not None and request.batch is not None:
         uids = wrapped(*args, **kwargs)
         for uid in uids:
             instance.set_options(uid, request.batch.sequence_options())
@@ -47,7 +53,24 @@ def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return uids
 
 
+def _constrain(
+    generator: Any,
+    options: dict[str, Any],
+    constrain: Callable[[list[int]], list[Any]],
+) -> None:
+    """Give each sequence logits processors of its own, before those of all."""
+    segments = options["segments"]
+    given = options.get("logits_processors")
+    others = given or [generator.logits_processors] * len(segments)
+    options["logits_processors"] = [
+        [*constrain([token for part in parts for token in part]), *(own or ())]
+        for parts, own in zip(segments, others, strict=True)
+    ]
+
+
 def batch_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if not is_free(kwargs):
+        return _batch_generate_structured(wrapped, args, kwargs)
     if is_plain((), kwargs) or kwargs.get("draft_model") is not None:
         return wrapped(*args, **kwargs)
     from ._speculation import BatchSpeculation, take_request
@@ -59,17 +82,32 @@ def batch_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*call.args, **call.kwargs)
     drafting = BatchSpeculation(found)
     # The batch generator is made within, where no argument could say so.
-    token = current.set(Request(batch=drafting))
+    constrain = getattr(current.get(), "constrain", None)
+    token = current.set(Request(batch=drafting, constrain=constrain))
     try:
         response = wrapped(*call.args, **call.kwargs)
     finally:
         current.reset(token)
     response.speculation = drafting.stats
     if call.arguments.get("verbose"):
-        # Beside the lines that mlx-lm prints.
+        # This line stands beside those that mlx-lm prints.
         for stats in drafting.stats:
             print(f"[batch_generate] Speculation: {stats}")  # noqa: T201
     return response
+
+
+def _batch_generate_structured(wrapped: Any, args: Any, kwargs: Any) -> Any:
+    """Generate texts of which each has a constraint of its own."""
+    from ._structure import Structure
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    options = call.arguments.setdefault("kwargs", {})
+    structure = Structure(call.arguments["tokenizer"], options)
+    token = current.set(Request(constrain=structure.processors))
+    try:
+        return batch_generate(wrapped, None, call.args, call.kwargs)
+    finally:
+        current.reset(token)
 
 
 def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

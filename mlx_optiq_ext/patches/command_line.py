@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from .._errors import SpeculationError
+from .._errors import GrammarError, SpeculationError
 from .._options import (
     NumDraftTokens,
     check_draft_vocab,
@@ -32,6 +34,12 @@ DRAFT_VOCAB_HELP = (
     "with the lowest ids) or those whose ids a file has, one a line or as a JSON list. "
     "Drafts cost less, and the output stays the same."
 )
+JSON_SCHEMA_HELP = (
+    "Let what is generated be JSON that the JSON schema in FILE describes. Needs the "
+    "extra 'structured'."
+)
+# The commands that generate a text for people.
+WITH_STRUCTURE = ("mlx_lm.generate", "mlx_lm.chat")
 PROMPT_LOOKUP_HELP = (
     "Speculate with what followed the last tokens where they occurred before, in the "
     "prompt or the output. It needs no drafter and works for every model; with one, "
@@ -68,6 +76,8 @@ class SpeculationParser(argparse.ArgumentParser):
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
             request.draft_vocab = getattr(parsed, "draft_vocab", None)
+            if (schema := getattr(parsed, "json_schema", None)) is not None:
+                request.structure = {"json_schema": schema}
             request.prompt_lookup = prompt_lookup
         if parsed.num_draft_tokens is None:
             parsed.num_draft_tokens = "auto" if is_ours else self.num_draft_tokens
@@ -104,6 +114,10 @@ def setup_arg_parser(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     parser = wrapped(*args, **kwargs)
     parser.__class__ = SpeculationParser
     add_flags(parser, with_draft=wrapped.__module__ != WITHOUT_DRAFT)
+    if wrapped.__module__ in WITH_STRUCTURE:
+        parser.add_argument(
+            "--json-schema", type=_schema, metavar="FILE", help=JSON_SCHEMA_HELP
+        )
     return parser
 
 
@@ -144,6 +158,13 @@ def _draft_vocab(text: str) -> int | str:
     return draft_vocab
 
 
+def _schema(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+
+
 def _read_number(text: str) -> NumDraftTokens:
     if text == "auto":
         return "auto"
@@ -158,7 +179,11 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     token = current.set(Request())
     try:
         return wrapped(*args, **kwargs)
-    except SpeculationError as error:
+    except (SpeculationError, GrammarError) as error:
+        sys.exit(f"error: {error}")
+    except ImportError as error:
+        if error.name != "llguidance":
+            raise
         sys.exit(f"error: {error}")
     finally:
         current.reset(token)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ._request import is_plain
+from ._request import is_free, is_plain
 
 
 def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -29,6 +29,13 @@ def generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def stream_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if not is_free(kwargs):
+        from ._structure import constrain
+
+        call = inspect.signature(wrapped).bind(*args, **kwargs)
+        options = call.arguments.setdefault("kwargs", {})
+        constrain(call.arguments["tokenizer"], call.arguments["prompt"], options)
+        args, kwargs = call.args, call.kwargs
     if is_plain(args, kwargs):
         return wrapped(*args, **kwargs)
     from ._speculation import Speculation, take_request

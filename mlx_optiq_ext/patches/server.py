@@ -35,7 +35,7 @@ def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     host, port, provider = call.args[:3]
     if not is_local(host) and getattr(provider.cli_args, "api_key", None) is None:
-        # Not by logging, which may be told to be silent.
+        # A line of the log would be lost where the log is told to be silent.
         warnings.warn(UNGUARDED.format(host), stacklevel=2)
     try:
         serve(host, port, provider, is_command=is_command(provider))
@@ -47,12 +47,12 @@ def run(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def logits_processors(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    processors = wrapped(*args, **kwargs)
-    if not getattr(args[0], "is_single", False):
-        return processors
-    from ..serving import with_cached_tokens
+    from ..serving import constraints, with_cached_tokens
 
-    return with_cached_tokens(processors, args[0])
+    processors = wrapped(*args, **kwargs)
+    if getattr(args[0], "is_single", False):
+        processors = with_cached_tokens(processors, args[0])
+    return [*constraints(args[0]), *processors]
 
 
 def load(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -98,16 +98,22 @@ def main(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def is_command(provider: Any) -> bool:
-    """Whether mlx-lm's command runs, and not its parts in some other program.
+    """Tell whether mlx-lm's command runs, and not its parts in some other program.
 
     Args:
-        provider (ModelProvider): Other programs have their own, without a command line.
+        provider (ModelProvider): The object that loads models. That of another program
+          has no command line of ours.
     """
     return getattr(getattr(provider, "cli_args", None), "is_command", False)
 
 
 def end_process(line: str, status: int) -> NoReturn:
-    """Say one line and end the process, whatever its threads are doing."""
+    """Say one line and end the process, whatever its threads are doing.
+
+    Args:
+        line (str): The text, which is put on one line.
+        status (int): The exit status.
+    """
     # A second Ctrl-C has nothing left to interrupt.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -119,7 +125,11 @@ def end_process(line: str, status: int) -> NoReturn:
 
 
 def is_local(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
+    """Tell whether an address can be reached from this machine only.
+
+    Args:
+        host (str): The host name or IP address that a server listens at.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,6 +1,7 @@
 """The APIs of OpenAI and Anthropic in front of mlx-lm's own generation."""
 
 from ._cached_tokens import with_cached_tokens
+from ._constraints import constraints
 from ._errors import LOADING
 from ._exchange import IDLE_TIMEOUT, printable
 from ._malformed import send_malformed
@@ -23,6 +24,7 @@ __all__ = [
     "Segments",
     "ServerState",
     "admit",
+    "constraints",
     "describe_recommended",
     "guard_sequences",
     "make_prompt",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -12,6 +12,7 @@ from mlx_lm import server
 
 from .._random_state import random_state_kept
 from ..decoding import SpeculationStats
+from ..grammars import Constraint, ReplyRules
 from ._errors import bad_request
 from ._fields import number, optional
 from ._models import DEFAULT_MODEL, loadable_name
@@ -31,6 +32,8 @@ class Arguments(server.GenerationArguments):
         is_single: The request is served by itself.
         prompt_lookup: Whether what stands in the context may be copied.
         records_sources: Whether it is kept what drafted each token.
+        rules: The grammars that the reply has to follow, compiled.
+        begin: Starts on a reply that follows them; set once there is a prompt.
     """
 
     given: Collection[str] | None = None
@@ -38,6 +41,8 @@ class Arguments(server.GenerationArguments):
     stats: SpeculationStats | None = None
     is_single: bool = False
     records_sources: bool = False
+    rules: ReplyRules | None = None
+    begin: Callable[[], Constraint] | None = None
     prompt_lookup: bool = True
 
 

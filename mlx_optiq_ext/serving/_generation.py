@@ -30,6 +30,7 @@ from typing import Any
 from mlx_lm import server
 
 from ._arguments import Arguments, generation_arguments
+from ._constraints import compile_rules
 from ._errors import APIError
 from ._events import Choice, End, Event, Token, Usage
 from ._exchange import WAIT_INTERVAL, Exchange
@@ -160,6 +161,7 @@ class Generation:
         self._arguments = generation_arguments(request, exchange.cli_args)
         _check_model(self._arguments, exchange.cli_args)
         load_images(exchange, request, self._arguments)
+        compile_rules(exchange, request, self._arguments)
 
     def events(self) -> Iterator[Event]:
         """What the replies consist of, the prompt being counted before the first."""
@@ -220,7 +222,7 @@ def count_tokens(exchange: Exchange, request: Request) -> int:
     load_images(exchange, request, arguments)
     generator = exchange.generator
     try:
-        tokenizer = _loaded_tokenizer(generator.model_provider, arguments)
+        tokenizer = loaded_tokenizer(generator.model_provider, arguments)
         if tokenizer is not None and not request.has_images:
             # No need to wait for the requests that are being served.
             return len(generator._tokenize(tokenizer, request, arguments)[0])
@@ -288,7 +290,7 @@ def _check_model(arguments: Arguments, cli_args: Any) -> None:
         raise APIError(404, NO_MODEL, param="model", code="model_not_found")
 
 
-def _loaded_tokenizer(provider: Any, arguments: Arguments) -> Any:
+def loaded_tokenizer(provider: Any, arguments: Arguments) -> Any:
     """The tokenizer for a request, None if its model is not the one that is loaded.
 
     The generation thread may be loading another model at the same time. It forgets the

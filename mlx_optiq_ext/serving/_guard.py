@@ -44,9 +44,14 @@ class Guard:
         try:
             return _checked(self.guarded(*args), fallback.shape)
         except Exception as error:
+            self.report(error)
+            return fallback
+
+    def report(self, error: Exception) -> None:
+        """Report an exception, if it is the first one."""
+        if not self._has_failed:
             self._has_failed = True
             self._report(error)
-            return fallback
 
 
 def guard_sampler(sampler: Sampler, report: Report) -> Sampler:

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm import server
 
 from ._arguments import Arguments, check_generation
+from ._constraints import begin_constraint
 from ._context import context_size
 from ._conversation import Conversation, Message
 from ._errors import bad_request, context_overflow, is_template_error
@@ -73,6 +74,7 @@ def make_prompt(
     request.tokenizer, request.initial_state = tokenizer, state
     if request.request_type == "chat":
         request.format = ReplyFormat.of(tokenizer)
+    begin_constraint(tokenizer, request, arguments, prompt)
     if not request.counts_only:
         _limit(provider.model, request, arguments, len(prompt))
         _check_arguments(provider.model, tokenizer, arguments, prompt)
@@ -173,16 +175,14 @@ def _check_request(
 
 def _begin_reply(tokenizer: Any, request: Request, tokenized: Tokenized) -> Tokenized:
     prompt, segments, kinds, state, *rest = tokenized
-    beginning, next_state = request.prefill, "normal"
-    if request.must_call:
-        beginning, next_state = tokenizer.tool_call_start, "tool"
+    beginning = request.prefill
     if not beginning:
         return tokenized
     if state == "reasoning":
         beginning = f"{tokenizer.think_end}\n\n{beginning}"
     tokens = tokenizer.encode(beginning, add_special_tokens=False)
     segments = [*segments[:-1], segments[-1] + tokens]
-    return (prompt + tokens, segments, kinds, next_state, *rest)
+    return (prompt + tokens, segments, kinds, "normal", *rest)
 
 
 def _check_arguments(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm import server
 
-from ._conversation import Message
+from ..grammars import Source
+from ._conversation import Message, tool_name
 from ._errors import bad_request
 from ._fields import checked, choice, number, optional
 from ._images import has_images
@@ -21,6 +23,9 @@ MAX_TOKENS = 32768
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Tokens that a thought may have, by the effort that is asked for; more is not limited.
+# The numbers are those of Google's API.
+EFFORT_TOKENS = {"low": 1024, "medium": 8192, "high": 24576}
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Request(server.CompletionRequest):
         body: The JSON object, for the fields that all APIs have in common.
         is_streamed: The reply is sent in pieces.
         must_call: The reply has to be a call of a tool.
+        strict_tools: Names of those whose arguments have to follow their schemas.
         one_call: The reply is over after its first call.
         prefill: How the reply has to begin.
         max_tokens: None for the server's default, 0 to fill the cache only.
@@ -52,6 +58,9 @@ class Request(server.CompletionRequest):
         gives_sources: Whether it is asked who drafted each token.
         keeps_space: White space is sent exactly as it is generated.
         counts_only: The prompt is tokenised and no more.
+        answer: The grammar that the answer has to follow, None if there is none.
+        answer_path: The field that asks for it.
+        max_thinking_tokens: Tokens that a thought may have, None for no limit.
         takes_images: The model has to take images, whether or not there are any.
         is_cut_by_context: Set by the generation thread, when the context is what
             limits the reply.
@@ -70,6 +79,7 @@ class Request(server.CompletionRequest):
     body: Body = field(default_factory=dict)
     is_streamed: bool = False
     must_call: bool = False
+    strict_tools: frozenset[str] = frozenset()
     one_call: bool = False
     prefill: str = ""
     max_tokens: int | None = None
@@ -84,6 +94,9 @@ class Request(server.CompletionRequest):
     gives_sources: bool = False
     keeps_space: bool = False
     counts_only: bool = False
+    answer: Source | None = None
+    answer_path: str = ""
+    max_thinking_tokens: int | None = None
     takes_images: bool = False
     is_cut_by_context: bool = False
     tokenizer: Any = None
@@ -98,12 +111,15 @@ class Request(server.CompletionRequest):
     def has_images(self) -> bool:
         return has_images(self.messages)
 
-    def choose_tools(self, mode: str, tools: list[Tool]) -> None:
+    def choose_tools(
+        self, mode: str, tools: list[Tool], strict: Collection[str] = ()
+    ) -> None:
         """Offer the tools as a client wants them to be used.
 
         Args:
             mode (str): "auto", "none" or "required".
             tools (list[dict]): Those that may be called.
+            strict (Collection[str]): Names of those that are strict.
 
         Raises:
             APIError: 400, if there has to be a call and there is no tool.
@@ -114,9 +130,13 @@ class Request(server.CompletionRequest):
                 "tool_choice: a call needs a tool to call", param="tool_choice"
             )
         self.tools = tools if tools and mode != "none" else None
-        if self.must_call:
-            # A call is forced by its first token, which leaves no room for a thought.
-            self.has_thinking = False
+        names = map(tool_name, self.tools or ())
+        self.strict_tools = frozenset(names).intersection(strict)
+
+    def limit_thinking(self, num_tokens: int | None) -> None:
+        """Let a thought have so many tokens, unless a client said how many."""
+        if self.max_thinking_tokens is None:
+            self.max_thinking_tokens = num_tokens
 
     def choose_effort(self, effort: str, path: str) -> None:
         """Think as hard as a client wants, which for the least is not at all.
@@ -125,9 +145,9 @@ class Request(server.CompletionRequest):
             APIError: 400, if that is no effort.
         """
         choice(effort, EFFORTS, path)
+        self.limit_thinking(EFFORT_TOKENS.get(effort))
         self.template["reasoning_effort"] = effort
-        if not self.must_call:
-            self.has_thinking = effort not in ("none", "minimal")
+        self.has_thinking = effort not in ("none", "minimal")
 
 
 def read_stop(body: Body, name: str) -> tuple[str, ...]:
@@ -177,19 +197,3 @@ def refuse(body: Body, *names: str) -> None:
             raise bad_request(
                 f"{name}: not supported here", name, "unsupported_parameter"
             )
-
-
-def refuse_format(layout: Any, path: str) -> None:
-    """Refuse a format of the reply other than text.
-
-    Raises:
-        APIError: 400, if one is asked for.
-    """
-    if layout is None:
-        return
-    if optional(checked(layout, dict, path), "type", str, "text", path) != "text":
-        raise bad_request(
-            f"{path}: structured output is not supported here",
-            path,
-            "unsupported_parameter",
-        )

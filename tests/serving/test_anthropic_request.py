@@ -80,16 +80,33 @@ def test_blocks_of_the_vendor_are_passed_over(kind: str) -> None:
 def test_fields_of_another_api_are_honoured_or_refused() -> None:
     assert read(user("q"), stop="x").stop == ("x",)
     for wrong in (
-        {"response_format": {"type": "json_object"}},
         {"n": 2},
         {"logprobs": True},
     ):
         assert error(user("q"), **wrong).code == "unsupported_parameter"
 
 
-def test_a_budget_for_thoughts_is_taken_and_not_enforced() -> None:
+def test_a_budget_for_thoughts_is_taken() -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
-    assert read(user("q"), thinking=thinking).has_thinking
+    request = read(user("q"), thinking=thinking)
+    assert request.has_thinking
+    assert request.max_thinking_tokens == 1024
+
+
+def test_the_format_of_the_answer_is_read_where_clients_put_it() -> None:
+    schema = {"type": "object"}
+    layout = {"type": "json_schema", "schema": schema}
+    for fields, path in (
+        ({"output_config": {"format": layout}}, "output_config.format.schema"),
+        ({"output_format": layout}, "output_format.schema"),
+    ):
+        request = read(user("q"), **fields)
+        assert request.answer is not None
+        assert request.answer.content == schema
+        assert request.answer_path == path
+    both = {"output_config": {"format": layout}, "output_format": layout}
+    assert error(user("q"), **both).param == "output_format.schema"
+    assert error(user("q"), assistant("{"), output_format=layout).status == 400
 
 
 def test_a_leading_system_message_joins_the_system_prompt() -> None:
@@ -282,7 +299,7 @@ def test_what_only_the_vendor_understands_is_ignored() -> None:
         ({"thinking": {"type": "odd"}}, "thinking.type"),
         (
             {"output_config": {"format": {"type": "json_schema"}}},
-            "output_config.format",
+            "output_config.format.schema",
         ),
     ],
 )

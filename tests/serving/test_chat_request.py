@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_optiq_ext.grammars import Source
 from mlx_optiq_ext.serving._completions import (
     read_chat_request,
     read_completion_request,
@@ -152,9 +153,6 @@ def test_a_choice_of_a_tool_that_is_none() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {}}},
-        {"text": {"format": {"type": "json_schema"}}},
         {"functions": [{"name": "f"}]},
         {"modalities": ["text", "audio"]},
     ],
@@ -236,3 +234,32 @@ def test_a_template_that_takes_one_system_message_gets_one() -> None:
         {"role": "assistant", "content": "r"},
         user("c\ns"),
     ]
+
+
+def test_the_format_of_the_answer() -> None:
+    schema = {"type": "array"}
+    inner = {"name": "x", "schema": schema, "strict": True}
+    request = read(response_format={"type": "json_schema", "json_schema": inner})
+    assert request.answer == Source("json_schema", schema, is_strict=True)
+    assert request.answer_path == "response_format.json_schema.schema"
+    assert read(response_format={"type": "text"}).answer is None
+    any_object = read(response_format={"type": "json_object"}).answer
+    assert any_object is not None
+    assert any_object.content == {"type": "object"}
+    for wrong in ({}, {"type": "json_schema"}, {"type": "yaml"}, "json"):
+        assert error(response_format=wrong).status == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"reasoning_effort": "low"}, 1024),
+        ({"reasoning_effort": "max"}, None),
+        ({"reasoning_effort": "low", "max_thinking_tokens": 7}, 7),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, 0),
+        ({"reasoning": {"max_tokens": 5, "effort": "high"}}, 5),
+        ({"thinking_budget": 6}, 6),
+    ],
+)
+def test_the_budget_for_thoughts(fields: dict[str, Any], limit: int | None) -> None:
+    assert read(**fields).max_thinking_tokens == limit

@@ -101,7 +101,6 @@ def test_fields_of_another_api_are_honoured_or_refused() -> None:
     assert asked.request.stop == ("x",)
     assert asked.request.has_thinking is False
     for wrong in (
-        {"response_format": {"type": "json_object"}},
         {"n": 2},
         {"prompt": {"id": "x"}},
     ):
@@ -109,6 +108,14 @@ def test_fields_of_another_api_are_honoured_or_refused() -> None:
             read("q", **wrong)
         assert caught.value.code == "unsupported_parameter"
         assert caught.value.param in wrong
+
+
+def test_the_format_of_the_answer() -> None:
+    layout = {"type": "json_schema", "name": "x", "schema": {"type": "array"}}
+    request = read("q", text={"format": layout}).request
+    assert request.answer is not None
+    assert request.answer.content == {"type": "array"}
+    assert request.answer_path == "text.format.schema"
 
 
 def test_a_turn_of_codex_comes_back_as_it_was() -> None:
@@ -281,7 +288,7 @@ def test_the_effort_decides_whether_the_model_thinks(effort: str, thinks: bool) 
         ({"max_output_tokens": "5"}, "max_output_tokens"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"tools": [{"type": "function"}]}, "tools.0.name"),
         ({"tools": [FUNCTION, FUNCTION]}, "tools.1.name"),
         ({"tool_choice": "odd"}, "tool_choice"),

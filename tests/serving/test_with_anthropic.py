@@ -260,9 +260,9 @@ def test_a_begun_reply_is_continued(client: anthropic.Anthropic) -> None:
 
 
 def test_a_forced_call_leaves_the_model_no_choice(client: anthropic.Anthropic) -> None:
-    inner = call("f", {"x": 1}).removeprefix("<tool_call>")
+    value = say(call("f", {"x": 1}))
     for choice in ({"type": "any"}, {"type": "tool", "name": "f"}):
-        message = both(client, say(inner), tools=[TOOL], tool_choice=choice)
+        message = both(client, value, tools=[TOOL], tool_choice=choice)
         assert blocks(message) == [("f", {"x": 1})]
 
 

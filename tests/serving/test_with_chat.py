@@ -126,8 +126,8 @@ def test_tools_that_may_not_be_called_are_not_offered(client: openai.OpenAI) -> 
 
 
 def test_a_call_can_be_forced_and_be_the_only_one(client: openai.OpenAI) -> None:
-    forced = '{"name": "f", "arguments": {}}</tool_call>'
-    choice = both(client, say(forced), tools=[TOOL], tool_choice="required")
+    forced = say(call("f", {}))
+    choice = both(client, forced, tools=[TOOL], tool_choice="required")
     assert calls_of(choice.message) == [("f", "{}")]
     two = say(call("f", {"x": 1}) + call("f", {}))
     choice = both(client, two, tools=[TOOL], parallel_tool_calls=False)

@@ -256,19 +256,19 @@ def test_usage_adds_up_to_the_count(client: openai.OpenAI) -> None:
 
 
 def test_a_forced_call_leaves_the_model_no_choice(client: openai.OpenAI) -> None:
-    inner = call("f", {"x": 1}).removeprefix("<tool_call>")
+    value = say(call("f", {"x": 1}))
     for choice in ("required", {"type": "function", "name": "f"}):
-        response = both(client, say(inner), tools=[TOOL], tool_choice=choice)
+        response = both(client, value, tools=[TOOL], tool_choice=choice)
         assert output(response) == [("f", {"x": 1})]
 
 
-def test_structured_output_is_refused(client: openai.OpenAI) -> None:
+def test_structured_output_is_parsed(client: openai.OpenAI) -> None:
     class Answer(pydantic.BaseModel):
         value: int
 
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.responses.parse(**request("hi"), text_format=Answer)
-    assert caught.value.param == "text.format"
+    said = request(say('{"value": 7}'))
+    response = client.responses.parse(**said, text_format=Answer)
+    assert response.output_parsed == Answer(value=7)
 
 
 def test_a_prompt_that_is_too_long(client: openai.OpenAI) -> None:

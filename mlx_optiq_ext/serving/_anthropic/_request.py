@@ -20,13 +20,14 @@ from .._fields import (
     required,
 )
 from .._request import (
+    EFFORT_TOKENS,
     MAX_TOKENS,
     Request,
     read_stop,
     refuse,
     refuse_choices,
-    refuse_format,
 )
+from .._structure import read_format, read_structure
 from ._content import read_message, system_text
 
 Body = dict[str, Any]
@@ -71,10 +72,6 @@ def read_request(body: Body, *, counts_only: bool = False) -> Request:
 
 
 def _check_supported(body: Body) -> None:
-    config = optional(body, "output_config", dict, {})
-    refuse_format(config.get("format"), "output_config.format")
-    refuse_format(body.get("output_format"), "output_format")
-    refuse_format(body.get("response_format"), "response_format")
     refuse(body, "logprobs", "top_logprobs")
     refuse_choices(body)
 
@@ -116,10 +113,12 @@ def _read_stop(body: Body) -> tuple[str, ...]:
 
 
 def _read_tools(body: Body, request: Request) -> None:
-    tools, dropped = [], []
+    tools, dropped, strict = [], [], []
     for path, tool in objects(optional(body, "tools", list, []), "tools"):
         if optional(tool, "type", str, "custom", f"{path}.") == "custom":
             tools.append(_read_tool(tool, f"{path}."))
+            if optional(tool, "strict", bool, False, f"{path}."):
+                strict.append(tool["name"])
         else:
             dropped.append(tool["type"])
     log_dropped_tools(dropped)
@@ -133,7 +132,7 @@ def _read_tools(body: Body, request: Request) -> None:
         name = required(tool_choice, "name", str, "tool_choice.")
         tools = pick_tools(tools, [name], "tool_choice.name")
     mode = {"any": "required", "tool": "required"}.get(kind, kind)
-    request.choose_tools(mode, tools)
+    request.choose_tools(mode, tools, strict)
 
 
 def _read_tool(tool: Body, path: str) -> dict[str, Any]:
@@ -149,9 +148,7 @@ def _read_thinking(body: Body, request: Request) -> None:
     kind = optional(thinking, "type", str, path="thinking.")
     if kind is None and thinking:
         raise missing("thinking.type")
-    # Claude Code sends a budget with every request. A thought is not cut at it: what a
-    # model writes after a thought that was cut is not what it would have written.
-    number(thinking, "budget_tokens", None, least=0, kind=int)
+    request.limit_thinking(number(thinking, "budget_tokens", None, least=0, kind=int))
     if kind is not None:
         choice(kind, THINKING, "thinking.type")
         if kind == "enabled":
@@ -177,8 +174,13 @@ def _check_thinking(request: Request) -> None:
 
 def _read_output_config(body: Body, request: Request) -> None:
     config = optional(body, "output_config", dict, {})
+    read_format(config.get("format"), "output_config.format", request)
+    for name in ("output_format", "response_format"):
+        read_format(body.get(name), name, request)
+    read_structure(body, request)
     effort = optional(config, "effort", str, path="output_config.")
     if effort is not None:
         request.template["reasoning_effort"] = choice(
             effort, EFFORTS, "output_config.effort"
         )
+        request.limit_thinking(EFFORT_TOKENS.get(effort))

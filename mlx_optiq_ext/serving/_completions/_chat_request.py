@@ -10,11 +10,13 @@ from .._conversation import (
     pick_tools,
     read_arguments,
     text_part,
+    tool_name,
     without_billing_line,
 )
 from .._errors import bad_request
-from .._fields import choice, objects, optional, required
-from .._request import Request, refuse, refuse_format
+from .._fields import choice, number, objects, optional, required
+from .._request import Request, refuse
+from .._structure import read_format
 from ._request import read_common
 
 Body = dict[str, Any]
@@ -43,6 +45,8 @@ def read_chat_request(body: Body) -> Request:
         role_mapping=optional(body, "role_mapping", dict),
     )
     read_common(body, request)
+    text = optional(body, "text", dict, {})
+    read_format(text.get("format"), "text.format", request)
     optional(body, "chat_template_kwargs", dict)
     has_logprobs = optional(body, "logprobs", bool, False)
     request.gives_logprobs = has_logprobs or request.num_top_logprobs > 0
@@ -55,8 +59,6 @@ def _check_supported(body: Body) -> None:
     refuse(body, "functions", "audio", "web_search_options")
     if optional(body, "modalities", list, ["text"]) != ["text"]:
         refuse(body, "modalities")
-    text = optional(body, "text", dict, {})
-    refuse_format(text.get("format"), "text.format")
 
 
 def _read_messages(body: Body) -> list[Message]:
@@ -136,7 +138,8 @@ def _read_tools(body: Body, request: Request) -> None:
     mode, names = _read_choice(body)
     if names is not None:
         tools = pick_tools(tools, names, "tool_choice")
-    request.choose_tools(mode, tools)
+    strict = [tool_name(tool) for tool in tools if tool["function"].get("strict")]
+    request.choose_tools(mode, tools, strict)
     request.one_call = not optional(body, "parallel_tool_calls", bool, True)
 
 
@@ -171,11 +174,15 @@ def _read_thinking(body: Body, request: Request) -> None:
     """The several ways in which clients ask for thinking, the plainest last."""
     if (thinking := optional(body, "thinking", dict)) is not None:
         kind = required(thinking, "type", str, "thinking.")
-        request.has_thinking = kind != "disabled" and not request.must_call
+        request.has_thinking = kind != "disabled"
+        request.limit_thinking(
+            number(thinking, "budget_tokens", None, least=0, kind=int)
+        )
     reasoning = optional(body, "reasoning", dict, {})
+    request.limit_thinking(number(reasoning, "max_tokens", None, least=0, kind=int))
     if (effort := optional(reasoning, "effort", str, path="reasoning.")) is not None:
         request.choose_effort(effort, "reasoning.effort")
     if (effort := optional(body, "reasoning_effort", str)) is not None:
         request.choose_effort(effort, "reasoning_effort")
-    if not request.must_call and "enable_thinking" in body:
+    if "enable_thinking" in body:
         request.has_thinking = optional(body, "enable_thinking", bool)

@@ -142,11 +142,16 @@ class CompletionReply:
             "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
         }
+        if usage.num_thinking_tokens:
+            num_thinking = usage.num_thinking_tokens
+            body["completion_tokens_details"] = {"reasoning_tokens": num_thinking}
         if usage.stats:
             num_drafted = sum(stats.num_drafted for stats in usage.stats)
             num_accepted = sum(stats.num_accepted for stats in usage.stats)
-            body["completion_tokens_details"] = {
-                "accepted_prediction_tokens": num_accepted,
-                "rejected_prediction_tokens": num_drafted - num_accepted,
-            }
+            body.setdefault("completion_tokens_details", {}).update(
+                {
+                    "accepted_prediction_tokens": num_accepted,
+                    "rejected_prediction_tokens": num_drafted - num_accepted,
+                }
+            )
         return body

@@ -13,8 +13,8 @@ from .._request import (
     read_num_top_logprobs,
     read_stop,
     refuse,
-    refuse_format,
 )
+from .._structure import read_format, read_structure
 
 Body = dict[str, Any]
 
@@ -52,7 +52,6 @@ def read_common(body: Body, request: Request) -> None:
     Raises:
         APIError: 400, with the first that is at fault.
     """
-    refuse_format(body.get("response_format"), "response_format")
     options = optional(body, "stream_options", dict, {})
     optional(options, "include_usage", bool, path="stream_options.")
     request.body = body
@@ -65,6 +64,8 @@ def read_common(body: Body, request: Request) -> None:
     request.gives_sources = optional(body, "token_sources", bool, False)
     # All that is generated is sent as it is, as mlx-lm does.
     request.keeps_space = True
+    read_format(body.get("response_format"), "response_format", request)
+    read_structure(body, request)
 
 
 def _read_max_tokens(body: Body) -> int | None:

@@ -16,9 +16,9 @@ from .._request import (
     read_stop,
     refuse,
     refuse_choices,
-    refuse_format,
 )
 from .._store import ResponseStore
+from .._structure import read_format, read_structure
 from ._items import ItemReader, input_items, is_reference
 from ._tools import ToolBox
 
@@ -88,6 +88,10 @@ def read_request(body: Body, store: ResponseStore) -> ResponseRequest:
     )
     tool_box = ToolBox(body)
     tool_box.choose(body, request)
+    text = optional(body, "text", dict, {})
+    read_format(text.get("format"), "text.format", request)
+    read_format(body.get("response_format"), "response_format", request)
+    read_structure(body, request)
     _read_reasoning(body, request)
     is_stored = optional(body, "store", bool, True)
     return ResponseRequest(request, tool_box, items, _echo(body), is_stored)
@@ -95,9 +99,6 @@ def read_request(body: Body, store: ResponseStore) -> ResponseRequest:
 
 def _check_supported(body: Body) -> None:
     refuse(body, "background", "conversation", "prompt")
-    text = optional(body, "text", dict, {})
-    refuse_format(text.get("format"), "text.format")
-    refuse_format(body.get("response_format"), "response_format")
     refuse_choices(body)
 
 
@@ -155,6 +156,7 @@ def _with_id(item: Item) -> Item:
 
 def _read_reasoning(body: Body, request: Request) -> None:
     reasoning = optional(body, "reasoning", dict, {})
+    request.limit_thinking(number(reasoning, "max_tokens", None, least=0, kind=int))
     effort = optional(reasoning, "effort", str, path="reasoning.")
     if effort is not None:
         request.choose_effort(effort, "reasoning.effort")

@@ -49,6 +49,7 @@ class ToolBox:
         self.tools: list[dict[str, Any]] = []
         self._names: dict[str, ToolName] = {}
         self._dropped: list[str] = []
+        self._strict: set[str] = set()
         for path, tool in objects(optional(body, "tools", list, []), "tools"):
             self._add(tool, f"{path}.")
         log_dropped_tools(self._dropped)
@@ -70,7 +71,7 @@ class ToolBox:
         else:
             mode, names = self._selection(selected)
             tools = pick_tools(self.tools, names, "tool_choice.name")
-        request.choose_tools(mode, tools)
+        request.choose_tools(mode, tools, self._strict)
         request.one_call = not optional(body, "parallel_tool_calls", bool, True)
 
     def _selection(self, selected: Body) -> tuple[str, list[str]]:
@@ -120,6 +121,8 @@ class ToolBox:
         parameters = optional(
             tool, "parameters", dict, {"type": "object", "properties": {}}, path
         )
+        if optional(tool, "strict", bool, False, path):
+            self._strict.add(name)
         if is_custom:
             description, parameters = _with_format(tool, path, description), FREE_FORM
         self.tools.append(function_tool(name, description, parameters))
