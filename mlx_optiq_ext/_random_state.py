@@ -1,4 +1,4 @@
-"""Loads modules without disturbing the global random generator."""
+"""Draws random numbers without disturbing the global generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def random_state_kept() -> Iterator[None]:
     """Restore the global random generator when the block ends.
 
     The initialisation of layers draws from it, but a seeded generation has to give the
-    same text whether or not it loads a drafter.
+    same text whether or not it loads a drafter, and whoever is decoded beside it.
     """
     high, low = mx.random.state[0].tolist()
     try:

@@ -15,6 +15,8 @@ from typing import Protocol
 import mlx.core as mx
 from mlx_lm import sample_utils
 
+from .._random_state import random_state_kept
+
 Sampler = Callable[[mx.array], mx.array]
 
 
@@ -87,12 +89,20 @@ class ExactMatch:
 
     The sampler is called as plain decoding calls it, once for each emitted token and in
     order, so that its own state advances in the same way.
+
+    Args:
+        sampler (Sampler): Whose token counts.
+        seed (int, optional): The seed of what the sampler draws from the global
+            generator, with the number of tokens before. The generator goes on for
+            everybody else as if nothing had been drawn. Default: the sampler draws as
+            in plain decoding.
     """
 
     is_stepwise = True
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: Sampler, seed: int | None = None):
         self._sampler = sampler
+        self._seed = seed
 
     def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
         return DraftToken(sample_utils.greedy_sampler(logits))
@@ -100,7 +110,15 @@ class ExactMatch:
     def judge(
         self, logprobs: mx.array, draft: DraftToken | None, index: int = 0
     ) -> tuple[mx.array, mx.array]:
-        return _match(self._sampler(logprobs), draft)
+        return _match(self._drawn(logprobs, index), draft)
+
+    def _drawn(self, logprobs: mx.array, index: int) -> mx.array:
+        if self._seed is None:
+            return self._sampler(logprobs)
+        # The state was set from numbers, so that reading it does not wait for anything.
+        with random_state_kept():
+            mx.random.seed(self._seed + index)
+            return self._sampler(logprobs)
 
 
 class SpeculativeSampling:
@@ -160,10 +178,7 @@ class SharedNoise(SpeculativeSampling):
         self, filters: list[Sampler], temperature: float, seed: int | None = None
     ):
         super().__init__(filters, temperature)
-        # Noise of neighbouring seeds would otherwise be the same, one token later.
-        key = None if seed is None else mx.random.key(seed)
-        high, low = mx.random.randint(0, 1 << 31, (2,), mx.uint32, key=key).tolist()
-        self._seed = high << 31 | low
+        self._seed = _first_seed(seed)
 
     def propose(self, logits: mx.array, index: int = 0) -> DraftToken:
         return DraftToken(self._draw(normalized(logits), index))
@@ -178,6 +193,18 @@ class SharedNoise(SpeculativeSampling):
         return mx.argmax(
             self._scale(logprobs) + mx.random.gumbel(logprobs.shape, key=key), axis=-1
         )
+
+
+def _first_seed(seed: int | None) -> int:
+    """The seed of a sequence's first token; each of the others has the next number.
+
+    Args:
+        seed (int, optional): What was asked for. Default: the global generator decides.
+    """
+    # Noise of neighbouring seeds would otherwise be the same, one token later.
+    key = None if seed is None else mx.random.key(seed)
+    high, low = mx.random.randint(0, 1 << 31, (2,), mx.uint32, key=key).tolist()
+    return int(high << 31 | low)
 
 
 def unguarded(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -207,7 +234,10 @@ def _match(token: mx.array, draft: DraftToken | None) -> tuple[mx.array, mx.arra
 
 
 def rule_for(
-    sampler: Sampler | None, is_timed: bool = False, seed: int | None = None
+    sampler: Sampler | None,
+    is_timed: bool = False,
+    seed: int | None = None,
+    has_company: bool = False,
 ) -> AcceptanceRule:
     """Choose the rule with the highest acceptance that is exact for a sampler.
 
@@ -218,12 +248,14 @@ def rule_for(
           take. If so, the random numbers of a token must not depend on that number.
         seed (int, optional): The seed of those random numbers. Default: one from the
           global generator.
+        has_company (bool): Whether other sequences may draw random numbers meanwhile.
+          If so, no sampler may see what they draw.
     """
     if sampler is None or sampler is sample_utils.greedy_sampler:
         return Greedy()
     settings = _make_sampler_settings(unguarded(sampler))
     if settings is None or (is_timed and any(map(_draws, settings[0]))):
-        return ExactMatch(sampler)
+        return ExactMatch(sampler, _first_seed(seed) if has_company else None)
     if is_timed:
         return SharedNoise(*settings, seed)
     return SpeculativeSampling(*settings)

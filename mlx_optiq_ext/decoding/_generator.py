@@ -127,7 +127,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         del self._options[uid]
         # How much is drafted depends on time and company, and must not be seen.
         sampler = self.sampler if sampler is None else sampler
-        verifier = Verifier(sampler, processors, True, options.seed)
+        verifier = Verifier(sampler, processors, True, options.seed, has_company=True)
         sequence = Sequence(uid, tokens, verifier, max_tokens, options, stop.matcher())
         # mlx-lm's generator leaves the caches that it is given as they are.
         cache = copy.deepcopy(cache)

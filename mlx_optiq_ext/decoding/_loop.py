@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -299,9 +300,9 @@ class Loop:
         """Start the pass over the last token of each sequence and its draft tokens."""
         tokens, num_draft_tokens = committed.last, proposals.num_drafts
         if any(num_draft_tokens):
-            tokens = mx.concatenate([tokens, proposals.matrix()], axis=1)
-        # What is drafted can be computed while the pass is built.
-        mx.async_eval(tokens)
+            tokens = mx.concatenate([tokens, proposals.matrix], axis=1)
+            # What is drafted can be computed while the pass is built.
+            mx.async_eval(tokens)
         output = self._caches.run(tokens, [1 + number for number in num_draft_tokens])
         does_more = self._catches_up or self._has_changed
         self._ahead = Pass(
@@ -371,7 +372,7 @@ class Loop:
         self._caches, self._session = caches, session
 
     def _separate_for_good(self, reason: SpeculationError) -> None:
-        logging.warning("Sequences are decoded one after the other: %s", reason)
+        _warn_once(str(reason))
         self._must_be_separate = True
         if isinstance(self._caches, JointCaches):
             self._move(self._separate_caches(), SeparateSessions())
@@ -394,6 +395,11 @@ class Loop:
             return states[index : index + 1, row : row + 1]
         starting = [] if self._latest is None else self._latest.starting
         return next((x.states for x in starting if x.sequence is sequence), None)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logging.warning("Sequences are decoded one after the other: %s", reason)
 
 
 @dataclass

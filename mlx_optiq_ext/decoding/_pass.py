@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Numbers
+from functools import cached_property
+from itertools import islice
 
 import mlx.core as mx
 
@@ -47,6 +49,10 @@ class BatchProposals:
         self._source = source
         self._are_plain = all(each.verifier.is_plain for each in sequences)
         self._latest: mx.array | None = None
+        # Tokens that were drafted for all sequences at once, by their position.
+        self._columns: list[mx.array] = []
+        # Whether all tokens are the drafter's: none is copied or certain.
+        self._are_drafted = True
 
     @property
     def latest(self) -> mx.array:
@@ -62,6 +68,7 @@ class BatchProposals:
             for index, proposal in enumerate(self.each):
                 proposal.append(tokens[index : index + 1])
             self._latest = tokens[:, None]
+            self._columns.append(tokens.astype(mx.uint32))
             return
         for index, proposal in enumerate(self.each):
             proposal.add(logits[index : index + 1])
@@ -86,15 +93,20 @@ class BatchProposals:
             proposal.source = self._source
             if num_copied:
                 proposal.source = COPIES
+                self._are_drafted = False
                 proposal.take(self._sequences[index].copy(num_copied))
             elif num_certain[index] > number:
                 proposal.source = self._source if number else CERTAIN
                 proposal.add_certain(num_certain[index])
                 self.is_lengthened = True
+                self._are_drafted = False
 
+    @cached_property
     def matrix(self) -> mx.array:
-        """Draft tokens ``[num_sequences, max(num_drafts)]``; padded with 0."""
+        """Draft tokens ``[num_sequences, max(num_drafts)]``, with padding behind."""
         width, blank = max(self.num_drafts), mx.zeros(1, mx.uint32)
+        if self._columns and self._are_drafted:
+            return mx.stack(self._columns[:width], axis=1)
         rows = []
         for proposal in self.each:
             tokens = [token.astype(mx.uint32) for token in proposal.tokens]
@@ -138,8 +150,11 @@ class Pass:
         self.emitted: list[list[int]] = [[] for _ in sequences]
         self.num_accepted = [0] * len(sequences)
         self.logprobs: list[list[mx.array]] = [[] for _ in sequences]
-        self._proposals = proposals.each
+        self._proposals = proposals
         self._packed: list[tuple[int, mx.array]] = []
+        # The same of several sequences, in the order of their indices.
+        self._indices: list[int] = []
+        self._rows_packed: mx.array | None = None
 
     @property
     def plan(self) -> Plan:
@@ -173,6 +188,7 @@ class Pass:
                 self._judge(logits, index)
         mx.async_eval(
             [packed for _, packed in self._packed],
+            [] if self._rows_packed is None else self._rows_packed,
             [rows for each in self.logprobs for rows in each],
             logits if self._must_walk else [],
         )
@@ -180,12 +196,8 @@ class Pass:
     def committed(self) -> Committed:
         """What the sequences emit, also before the tokens are known."""
         if not self.is_collected:
-            tokens = dict(self._packed)
-            blank = mx.zeros(1, mx.uint32)
-            rows = [tokens.get(i, blank)[:1] for i in range(len(self.sequences))]
-            return Committed(
-                mx.stack(rows).astype(mx.uint32), self.output.states, [1] * len(rows)
-            )
+            ones = [1] * len(self.sequences)
+            return Committed(self._first_tokens(), self.output.states, ones)
         width = max(map(len, self.emitted)) or 1
         padded = [tokens + [0] * (width - len(tokens)) for tokens in self.emitted]
         states = self.output.states
@@ -195,26 +207,42 @@ class Pass:
             [len(tokens) for tokens in self.emitted],
         )
 
+    def _first_tokens(self) -> mx.array:
+        """The first token of each sequence, ``[num_sequences, 1]``."""
+        packed = self._rows_packed
+        if packed is not None and len(self._indices) == len(self.sequences):
+            return packed[:, :1]
+        tokens, blank = dict(self._packed), mx.zeros(1, mx.uint32)
+        if packed is not None:
+            tokens |= dict(zip(self._indices, packed, strict=True))
+        rows = [tokens.get(i, blank)[:1] for i in range(len(self.sequences))]
+        return mx.stack(rows).astype(mx.uint32)
+
     def collect(self) -> None:
         """Wait for the pass."""
-        if self._packed:
-            values = mx.concatenate([x for _, x in self._packed]).tolist()
-            for index, packed in self._packed:
-                tokens = [int(value) for value in values[: packed.size]]
-                del values[: packed.size]
-                self._take(index, tokens)
+        packed = [array for _, array in self._packed]
+        if self._rows_packed is not None:
+            packed.append(self._rows_packed.flatten())
+        if packed:
+            values = iter(mx.concatenate(packed).tolist())
+            for index, array in self._packed:
+                self._take(index, list(islice(values, array.size)))
+            rest = list(values)
+            width = len(rest) // max(len(self._indices), 1)
+            for position, index in enumerate(self._indices):
+                self._take(index, rest[position * width :][:width])
         for index in self._must_walk:
             self._walk(index)
         self.is_collected = True
 
     def _constrained(self, logits: mx.array, read: list[int]) -> mx.array:
         """Forbid what may not come, in all rows at once."""
-        if all(self._proposals[index].lookahead is None for index in read):
+        if all(self._proposals.each[index].lookahead is None for index in read):
             return logits
         # The pass is under way while the host works out the masks.
         mx.async_eval(logits)
         masks: list[bytes | None] = []
-        for index, proposal in enumerate(self._proposals):
+        for index, proposal in enumerate(self._proposals.each):
             rows: list[bytes | None] = []
             if index in read:
                 try:
@@ -225,27 +253,26 @@ class Pass:
         return masked(logits, masks)
 
     def _take(self, index: int, tokens: list[int]) -> None:
+        """Read what was packed: tokens, and behind them how many were accepted."""
         if self.num_drafted[index]:
-            self.num_accepted[index] = tokens.pop()
+            self.num_accepted[index] = tokens[-1]
         self.emitted[index] = tokens[: self.num_accepted[index] + 1]
 
     def _judge_plain(self, logits: mx.array, indices: list[int]) -> None:
         """Judge sequences that take the most probable token, all at once."""
-        if len(indices) < len(self.sequences):
-            logits = logits[mx.array(indices)]
-        logprobs = normalized(logits)
-        tokens = mx.argmax(logprobs, axis=-1).astype(mx.uint32)
-        for position, index in enumerate(indices):
-            number = self.num_drafted[index]
-            rows = range(number + 1)
-            self.logprobs[index] = [logprobs[position, row] for row in rows]
-            found = tokens[position, : number + 1]
-            if number:
-                drafts = mx.concatenate(self._proposals[index].tokens)
-                is_accepted = (found[:-1] == drafts).astype(mx.int32)
-                num_accepted = mx.cumprod(is_accepted).sum(keepdims=True)
-                found = mx.concatenate([found, num_accepted.astype(mx.uint32)])
-            self._packed.append((index, found))
+        rows = mx.array(indices) if len(indices) < len(self.sequences) else slice(None)
+        logprobs = normalized(logits[rows])
+        packed = mx.argmax(logprobs, axis=-1).astype(mx.uint32)
+        numbers = [self.num_drafted[index] for index in indices]
+        for own, index, number in zip(logprobs, indices, numbers, strict=True):
+            self.logprobs[index] = [own[row] for row in range(number + 1)]
+        if any(numbers):
+            is_right = packed[:, :-1] == self._proposals.matrix[rows]
+            is_drafted = mx.arange(max(self.num_drafted)) < mx.array(numbers)[:, None]
+            is_accepted = (is_right & is_drafted).astype(mx.uint32)
+            num_accepted = mx.cumprod(is_accepted, axis=1).sum(axis=1, keepdims=True)
+            packed = mx.concatenate([packed, num_accepted.astype(mx.uint32)], axis=1)
+        self._indices, self._rows_packed = indices, packed
 
     def _judge(self, logits: mx.array, index: int) -> None:
         """Judge the rows of a sequence by its own rule."""
@@ -264,14 +291,14 @@ class Pass:
         number = self.num_drafted[index]
         own = logits[index : index + 1, : number + 1]
         verifier = self.sequences[index].verifier
-        return list(verifier.rows(own, self._proposals[index]))
+        return list(verifier.rows(own, self._proposals.each[index]))
 
     def _walk(self, index: int) -> None:
         """Judge row after row, none before its draft token is known to be accepted."""
         number, verifier = self.num_drafted[index], self.sequences[index].verifier
         own = self._logits[index : index + 1, : number + 1]
         try:
-            for row in verifier.rows(own, self._proposals[index]):
+            for row in verifier.rows(own, self._proposals.each[index]):
                 token, is_accepted = mx.concatenate(
                     [row.token, row.is_accepted]
                 ).tolist()

@@ -38,6 +38,7 @@ class Verifier:
         is_timed (bool): Whether the number of drafts depends on the time that they
           take, which must not be seen in the tokens.
         seed (int, optional): As for ``rule_for``.
+        has_company (bool): Likewise.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Verifier:
         processors: Sequence[LogitsProcessor] | None = None,
         is_timed: bool = False,
         seed: int | None = None,
+        has_company: bool = False,
     ):
-        self.rule = rule_for(sampler, is_timed, seed)
+        self.rule = rule_for(sampler, is_timed, seed, has_company)
         self.constrained, self.processors = split_processors(processors or [])
         self.draft_processors = [p for p in self.processors if is_pure(p)]
         self.is_stepwise = self.rule.is_stepwise or (

@@ -102,7 +102,7 @@ class Generator(server.ResponseGenerator):
             return False
         # Where sequences have seeds of their own, one does not keep a request alone.
         unseeded = dataclasses.replace(args, seed=None)
-        return serving.can_share(args) and super()._is_batchable(unseeded)
+        return super()._is_batchable(unseeded)
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         *_, arguments = request

@@ -7,6 +7,7 @@ but rows that are masked.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,8 @@ class BatchKV:
         self._num_sequences = 0
         # Arrays of keys, followed by as many of values.
         self._arrays: list[mx.array] = []
+        # What the rows of the latest pass attend to.
+        self._seen: Any = None
 
     @property
     def offset(self) -> mx.array:
@@ -272,6 +275,9 @@ class BatchRing(BatchKV):
         self._num_first = keep  # slots that are never taken again
         # Of each sequence when it joined: its tokens, and the index of its ring.
         self._joined: list[tuple[int, int]] = []
+        # Stock entries with more slots than a ring has, which lose them with the next
+        # row, by the sequence that joined with them and has had no row since.
+        self._untrimmed: dict[int, Any] = {}
         self.end()
 
     def check(self, entry: Any) -> None:
@@ -282,6 +288,8 @@ class BatchRing(BatchKV):
             _refuse("their sliding windows are of different sizes")
 
     def end(self) -> None:
+        if self._seen is not None:
+            self._untrimmed = {}
         super().end()
         self._rows: list[mx.array] | None = None
         self._saved: list[mx.array] = []
@@ -330,11 +338,17 @@ class BatchRing(BatchKV):
         self._write(self._slots, self._after(num_rows))
 
     def join(self, entry: Any) -> None:
-        index = self.max_size if _surplus(entry) > 0 else entry._idx
+        index = entry._idx
+        if _surplus(entry) > 0:
+            self._untrimmed[len(self._joined)] = copy.copy(entry)
+            index = self.max_size
         self._joined.append((entry.offset, index))
         super().join(entry)
 
     def extract(self, index: int, num_tokens: int, num_kept: int | None) -> Any:
+        offset, ring_index = self._joined[index]
+        if num_tokens == offset and index in self._untrimmed:
+            return copy.copy(self._untrimmed[index])
         entry = self._new_stock()
         one = slice(index, index + 1)
         arrays = [x[one, :, : min(num_tokens, self.max_size)] for x in self._arrays]
@@ -348,7 +362,6 @@ class BatchRing(BatchKV):
             ]
             arrays = [x[..., : min(num_tokens, self.max_size), :] for x in arrays]
         entry.keys, entry.values = (mx.contiguous(x) for x in arrays)
-        offset, ring_index = self._joined[index]
         entry.offset = num_tokens
         entry._idx = advanced(
             ring_index, num_tokens - offset, self.max_size, self._num_first
@@ -357,7 +370,12 @@ class BatchRing(BatchKV):
 
     def filter(self, indices: mx.array) -> None:
         super().filter(indices)
-        self._joined = [self._joined[index] for index in indices.tolist()]
+        numbers = indices.tolist()
+        self._joined = [self._joined[index] for index in numbers]
+        untrimmed = self._untrimmed
+        self._untrimmed = {
+            new: untrimmed[old] for new, old in enumerate(numbers) if old in untrimmed
+        }
 
     def visible(self) -> Visible:
         if not self._wraps(0):

@@ -11,7 +11,6 @@ from ._recovery import admit, guard_sequences, run_again
 from ._routes import serve
 from ._sampling import describe_recommended
 from ._speculation import (
-    can_share,
     options_of,
     serve_speculatively,
     speculation_of,
@@ -25,7 +24,6 @@ __all__ = [
     "Segments",
     "ServerState",
     "admit",
-    "can_share",
     "constraints",
     "describe_recommended",
     "guard_sequences",

@@ -54,14 +54,6 @@ def options_of(arguments: Any, served: ServedSpeculation) -> SequenceOptions:
     )
 
 
-def can_share(arguments: Any) -> bool:
-    """Whether a request with a seed gives the same text in a batch as it gives alone.
-
-    What XTC draws comes from the global generator, which all sequences share.
-    """
-    return arguments.sampling.xtc_probability == 0
-
-
 def speculation_of(model: nn.Module | None) -> ServedSpeculation | None:
     """How the sequences of a model are decoded, None if plainly."""
     return None if model is None else record_of(model).served

@@ -382,9 +382,16 @@ def test_logits_that_are_no_numbers_stay_with_their_sequence(model: nn.Module) -
         assert_same_cache(expected, batching.ends[uid].prompt_cache[:4])
 
 
+def opaque(logprobs: mx.array) -> mx.array:
+    """A sampler that nobody can look into, and that draws as any other."""
+    return mx.random.categorical(logprobs)
+
+
 SAMPLERS = {
-    "hot": {"temp": 1.0},
-    "filtered": {"temp": 0.8, "top_p": 0.9, "top_k": 40},
+    "hot": make_sampler(temp=1.0),
+    "filtered": make_sampler(temp=0.8, top_p=0.9, top_k=40),
+    "xtc": make_sampler(temp=1.0, xtc_probability=0.5, xtc_threshold=0.01),
+    "opaque": opaque,
 }
 
 
@@ -398,10 +405,8 @@ def test_a_seed_gives_one_text_whatever_the_company(
         batching, found = Batching(model, number), []
         for index in range(3):
             for _ in range(company):
-                batching.add(prompt_of(3), 12, samplers=make_sampler(temp=1.0))
-            uid = batching.add(
-                prompt_of(index), 20, samplers=make_sampler(**SAMPLERS[sampler])
-            )
+                batching.add(prompt_of(3), 12, samplers=opaque)
+            uid = batching.add(prompt_of(index), 20, samplers=SAMPLERS[sampler])
             options = SequenceOptions(number, batching.stats[uid], seed=40 + index)
             batching.generator.set_options(uid, options)
             batching.step(num_steps)
@@ -413,6 +418,22 @@ def test_a_seed_gives_one_text_whatever_the_company(
     assert len({tuple(text) for text in expected}) == 3
     assert texts(1, num_draft_tokens, 2) == expected
     assert texts(2, num_draft_tokens, 0) == expected
+
+
+def test_what_samplers_draw_leaves_the_global_generator_as_it_was(
+    model: nn.Module,
+) -> None:
+    batching = Batching(model)
+    mx.random.seed(3)
+    for seed in (1, 2):
+        uid = batching.add(prompt_of(0), 8, samplers=opaque)
+        options = SequenceOptions(2, batching.stats[uid], seed=seed)
+        batching.generator.set_options(uid, options)
+    batching.finish()
+    found = mx.random.uniform().item()
+    mx.random.seed(3)
+    assert found == mx.random.uniform().item()
+    assert batching.tokens[0] != batching.tokens[1]
 
 
 def test_a_seed_gives_the_text_that_it_gives_without_a_batch(model: nn.Module) -> None:

@@ -200,6 +200,23 @@ def test_the_host_may_learn_of_a_pass_after_the_next_one_was_made(name: str) -> 
         company.check(index)
 
 
+@pytest.mark.parametrize("is_undone", [False, True])
+def test_a_ring_that_joins_after_a_long_prefill_leaves_as_it_came(
+    is_undone: bool,
+) -> None:
+    company = Company("gemma")
+    company.join(4)
+    alone = Alone("gemma", company.model, 9, 30)
+    company.batch.join(alone.cache)
+    if is_undone:
+        company.forward(mx.array([[1, 2], [3, 4]]))
+        company.batch.keep([2, 0])
+    assert_same_cache(alone.cache, company.batch.extract(1, 30))
+    company.batch.filter([1])
+    if not is_undone:
+        assert_same_cache(alone.cache, company.batch.extract(0))
+
+
 def test_a_batch_that_was_empty_is_joined_again() -> None:
     company = Company("qwen dense")
     company.join(5)
