@@ -8,6 +8,7 @@ from typing import Any, Literal
 DraftVocab = int | str | os.PathLike[str]
 
 MAX_DRAFT_TOKENS = 8
+API_KEY_VARIABLE = "MLX_OPTIQ_EXT_API_KEY"  # of the environment of a server
 
 NumDraftTokens = int | Literal["auto"]
 

@@ -86,12 +86,8 @@ async def _ask_doctor(model: LocalModel, drafter: LocalModel | None) -> Report:
     command += ["--draft", drafter.source] if drafter else []
     log: list[str] = []
     output: list[str] = []
-    child = await Child.start(command, log.append, output.append)
-    try:
+    async with Child.running(command, log.append, output.append) as child:
         code = await child.wait()
-    except asyncio.CancelledError:
-        await child.stop()
-        raise
     with contextlib.suppress(ValueError):
         report: Report = json.loads("\n".join(output))
         return report

@@ -9,12 +9,12 @@ import re
 import shlex
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ._feed import Feed
-from ._process import Child, describe_exit
+from ._process import OFFLINE, Child, describe_exit
 
 PROGRESS = re.compile(r"(\d+) of (\d+)")
 NUM_LINES = 20
@@ -73,7 +73,7 @@ class Job:
         command: Sequence[str],
         about: dict[str, Any],
         when_done: WhenDone,
-        is_offline: bool = True,
+        environment: Mapping[str, str] = OFFLINE,
     ) -> None:
         """Start a command.
 
@@ -81,7 +81,8 @@ class Job:
             command (list): Its name and arguments.
             about (dict): Passed on to pages.
             when_done (Callable): Called when it has ended, however that was.
-            is_offline (bool): Whether it must not ask the Hub.
+            environment (dict): Variables besides those of the Lab. By default it must
+              not ask the Hub.
 
         Raises:
             ValueError: If one is running.
@@ -91,7 +92,7 @@ class Job:
         self.state = JobState(
             next(self._numbers), "running", time.time(), shlex.join(command), about
         )
-        self._task = asyncio.create_task(self._run(command, when_done, is_offline))
+        self._task = asyncio.create_task(self._run(command, when_done, environment))
 
     async def stop(self) -> None:
         """Give it up, if it is running."""
@@ -100,7 +101,10 @@ class Job:
             await asyncio.wait({self._task})
 
     async def _run(
-        self, command: Sequence[str], when_done: WhenDone, is_offline: bool
+        self,
+        command: Sequence[str],
+        when_done: WhenDone,
+        environment: Mapping[str, str],
     ) -> None:
         output: list[str] = []
         recent: deque[str] = deque(maxlen=NUM_LINES)
@@ -113,11 +117,10 @@ class Job:
 
         self._set()
         try:
-            child = await Child.start(command, on_line, output.append, is_offline)
-            try:
+            async with Child.running(
+                command, on_line, output.append, environment
+            ) as child:
                 code = await child.wait()
-            finally:
-                await child.stop()
             self._finish(code, output)
         except asyncio.CancelledError:
             self._set(status="stopped")

@@ -125,7 +125,7 @@ class Lab:
             ("lines", list(self.supervisor.log.lines)),
             ("samples", list(self.samples.samples)),
             *((job.name, asdict(job.state)) for job in jobs if job.state),
-            ("state", asdict(self.supervisor.state)),
+            ("state", self.supervisor.state.as_json()),
         ]
 
     def look_for_models(self) -> None:
@@ -238,7 +238,7 @@ class Lab:
     def _get(self, repo_id: str, when_done: WhenDone) -> None:
         command = ["hf", "download", repo_id]
         about = {"repo_id": repo_id}
-        self.downloads.start(command, about, when_done, is_offline=False)
+        self.downloads.start(command, about, when_done, environment={})
 
     def _models_as_json(self) -> list[dict[str, Any]]:
         return [model.as_json() for model in self.models.values()]

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._options import MAX_DRAFT_TOKENS
+from .._options import API_KEY_VARIABLE, MAX_DRAFT_TOKENS
 from ._flags import Flag
 from ._models import HEAD, MODEL, LocalModel
+from ._process import OFFLINE
 
 SAMPLING_FLAGS = {
     "temperature": ("--temp", 0.0, 100.0),
@@ -20,7 +21,8 @@ SAMPLING_FLAGS = {
     "min_p": ("--min-p", 0.0, 1.0),
 }
 FIRST_FREE_PORT = 1024
-API_KEY = re.compile(r"[!-,.-~][!-~]{0,199}")  # A dash in front would begin a flag.
+API_KEY = re.compile(r"[!-~]{1,200}")
+ORIGINS = re.compile(r"\*|https?://[\w.:\[\]-]+(,https?://[\w.:\[\]-]+){0,19}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Launch:
         drafter (LocalModel, optional): What drafts instead.
         port (int): On loopback.
         api_key (str, optional): That the server asks for.
+        origins (str): Of the web pages that may ask the server, separated by commas.
         arguments (tuple): All others of the command line.
         settings (dict): What the page sent.
     """
@@ -42,6 +45,7 @@ class Launch:
     drafter: LocalModel | None
     port: int
     api_key: str | None
+    origins: str
     arguments: tuple[str, ...]
     settings: dict[str, Any] = field(compare=False)
 
@@ -51,14 +55,22 @@ class Launch:
         command = ["mlx_lm.server", "--model", self.model.source]
         command += ["--mtp"] if self.uses_mtp else self.draft
         command += [*self.arguments, "--port", str(self.port)]
-        return command + (["--api-key", self.api_key] if self.api_key else [])
+        return [*command, "--allowed-origins", self.origins]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its environment has; others could read the key on its command line."""
+        return {**OFFLINE, API_KEY_VARIABLE: self.api_key or ""}
 
     @property
     def shell_command(self) -> str:
         """The command line as a shell takes it."""
         models = [each for each in (self.model, self.drafter) if each is not None]
         names = {each.source: each.shell_source for each in models}
-        return " ".join(names.get(part) or shlex.quote(part) for part in self.command)
+        parts = [names.get(part) or shlex.quote(part) for part in self.command]
+        if self.api_key:
+            parts.insert(0, f"{API_KEY_VARIABLE}={shlex.quote(self.api_key)}")
+        return " ".join(parts)
 
     @property
     def draft(self) -> list[str]:
@@ -103,12 +115,15 @@ def read_launch(
     uses_mtp = settings.get("mtp", False) is True
     if uses_mtp and drafter is not None:
         raise ValueError("the MTP head and another drafter exclude each other")
+    port = number("port", settings.get("port", 8080), FIRST_FREE_PORT, 65535)
     return Launch(
         model=model,
         uses_mtp=uses_mtp,
         drafter=drafter,
-        port=number("port", settings.get("port", 8080), FIRST_FREE_PORT, 65535),
+        port=port,
         api_key=_api_key(settings.get("api_key")),
+        # mlx-lm's default would let every page on the web read replies.
+        origins=_origins(settings.get("origins")) or f"http://127.0.0.1:{port}",
         arguments=(
             *_speculation(settings, uses_mtp, drafter),
             *_sampling(settings, uses_mtp or drafter is not None),
@@ -192,7 +207,16 @@ def _api_key(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not API_KEY.fullmatch(value):
+        raise ValueError("api_key: expected up to 200 visible ASCII characters")
+    return value
+
+
+def _origins(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not ORIGINS.fullmatch(value):
         raise ValueError(
-            "api_key: expected up to 200 visible ASCII characters, no dash first"
+            f"origins: expected addresses such as http://localhost:3000 with commas in "
+            f"between, or * for all pages, got {value!r}"
         )
     return value

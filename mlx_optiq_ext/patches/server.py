@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import wrapt
 
 from .._errors import SpeculationError
-from .._options import AUTO_AS_NUMBER
+from .._options import API_KEY_VARIABLE, AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
 RECOMMENDED_HELP = (
@@ -32,7 +32,6 @@ SAMPLING_FLAGS = {
     "top_k": "top_k",
     "min_p": "min_p",
 }
-API_KEY = "MLX_OPTIQ_EXT_API_KEY"  # of the environment
 # What a shell expects of a program that an interrupt ended.
 INTERRUPTED = ("Stopped.", 128 + signal.SIGINT)
 EXIT_STATUS = (
@@ -86,10 +85,10 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         type=_nonempty,
-        default=os.environ.get(API_KEY),
+        default=os.environ.get(API_KEY_VARIABLE),
         help="Key that requests must have, as a bearer token or as x-api-key. Other "
         "users of this machine can read it here; the environment variable "
-        f"{API_KEY}, which is the default, keeps it from them",
+        f"{API_KEY_VARIABLE}, which is the default, keeps it from them",
     )
     parser.add_argument(
         "--allow-remote-images",

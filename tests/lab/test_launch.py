@@ -53,7 +53,7 @@ def read(**settings: Any) -> Launch:
 def test_settings_become_a_command_line(settings, arguments):
     command = read(**settings).command
     expected = ["mlx_lm.server", "--model", QWEN, *arguments, "--port", "8080"]
-    assert command == expected
+    assert command == [*expected, "--allowed-origins", "http://127.0.0.1:8080"]
 
 
 def test_another_drafter_is_named_by_its_source():
@@ -81,7 +81,9 @@ def test_another_drafter_is_named_by_its_source():
         ({"sampling": [1]}, "expected an object"),
         ({"port": 80}, "from 1024"),
         ({"port": "8080"}, "a whole number"),
-        ({"api_key": "--mtp"}, "no dash first"),
+        ({"origins": "/etc/passwd"}, "expected addresses"),
+        ({"origins": "http://a.example,--mtp"}, "expected addresses"),
+        ({"origins": ["*"]}, "expected addresses"),
         ({"api_key": "a b"}, "visible ASCII"),
         ({"flags": {"--adapter-path": "1"}}, "cannot be set"),
         ({"flags": {"--prefill-step-size": "/etc"}}, "expected a number"),
@@ -105,9 +107,19 @@ def test_a_shell_takes_the_command_line_as_it_is_shown(monkeypatch):
     shown = launch.shell_command
     assert QWEN not in shown
     # The demo models are named by a command that prints their folder.
-    printed = f"mlx-optiq-ext() {{ echo {shlex.quote(QWEN)}; }}; printf '%s\\n' {shown}"
+    printed = (
+        f"mlx-optiq-ext() {{ echo {shlex.quote(QWEN)}; }}; "
+        f"mlx_lm.server() {{ echo $MLX_OPTIQ_EXT_API_KEY mlx_lm.server; "
+        f"printf '%s\\n' \"$@\"; }}; {shown}"
+    )
     found = subprocess.check_output(["bash", "-c", printed], text=True).splitlines()
-    assert found == launch.command
+    assert found == ["it's$HOME mlx_lm.server", *launch.command[1:]]
+
+
+@pytest.mark.parametrize("origins", ["*", "http://localhost:3000,https://a.example"])
+def test_web_pages_may_ask_the_server_if_that_is_wanted(origins):
+    command = read(origins=origins).command
+    assert command[-2:] == ["--allowed-origins", origins]
 
 
 def test_the_flags_come_from_the_help_of_the_server():
