@@ -9,7 +9,8 @@ import re
 import shlex
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from ._process import OFFLINE, Child, describe_exit
 PROGRESS = re.compile(r"(\d+) of (\d+)")
 NUM_LINES = 20
 
-WhenDone = Callable[[], Awaitable[None]]
+Around = AbstractAsyncContextManager[None]
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Job:
         self,
         command: Sequence[str],
         about: dict[str, Any],
-        when_done: WhenDone,
+        around: Around,
         environment: Mapping[str, str] = OFFLINE,
     ) -> None:
         """Start a command.
@@ -80,7 +81,8 @@ class Job:
         Args:
             command (list): Its name and arguments.
             about (dict): Passed on to pages.
-            when_done (Callable): Called when it has ended, however that was.
+            around (AbstractAsyncContextManager): Entered before it, and left when it
+              has ended, however that was.
             environment (dict): Variables besides those of the Lab. By default it must
               not ask the Hub.
 
@@ -92,7 +94,7 @@ class Job:
         self.state = JobState(
             next(self._numbers), "running", time.time(), shlex.join(command), about
         )
-        self._task = asyncio.create_task(self._run(command, when_done, environment))
+        self._task = asyncio.create_task(self._run(command, around, environment))
 
     async def stop(self) -> None:
         """Give it up, if it is running."""
@@ -103,7 +105,7 @@ class Job:
     async def _run(
         self,
         command: Sequence[str],
-        when_done: WhenDone,
+        around: Around,
         environment: Mapping[str, str],
     ) -> None:
         output: list[str] = []
@@ -117,17 +119,15 @@ class Job:
 
         self._set()
         try:
-            async with Child.running(
-                command, on_line, output.append, environment
-            ) as child:
-                code = await child.wait()
-            self._finish(code, output)
+            async with (
+                around,
+                Child.running(command, on_line, output.append, environment) as child,
+            ):
+                self._finish(await child.wait(), output)
         except asyncio.CancelledError:
             self._set(status="stopped")
         except OSError as error:
             self._set(status="failed", problem=str(error))
-        finally:
-            await when_done()
 
     def _finish(self, code: int, output: list[str]) -> None:
         if code != 0:

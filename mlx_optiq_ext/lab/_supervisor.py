@@ -34,6 +34,7 @@ SILENCE_SECONDS = 10.0
 NUM_LAST_LINES = 20
 # As mlx-lm says that its port is its own.
 LISTENS = "Starting httpd at "
+DOES_NOT_ANSWER = "the server runs but does not answer"
 CANNOT_GENERATE = "the server runs but cannot generate any more"
 
 
@@ -149,6 +150,10 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop the server, if one runs or is to be started again."""
+        # Whoever asked may be cancelled; what has begun to stop is stopped anyway.
+        await asyncio.shield(self._stop())
+
+    async def _stop(self) -> None:
         async with self._turn:
             await self._halt()
 
@@ -163,8 +168,7 @@ class Supervisor:
         if not self._task.done():
             self._set(Status.STOPPING)
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
         self._task = None
         self._set(Status.STOPPED, pid=None, retry_at=None, num_restarts=0)
 
@@ -259,9 +263,8 @@ class Supervisor:
             if is_well:
                 answered = time.monotonic()
                 self._set(Status.READY, problem=None)
-            elif (seconds := time.monotonic() - answered) >= self._silence:
-                problem = f"the server has not answered for {seconds:.0f} seconds"
-                self._set(Status.SILENT, problem=problem)
+            elif time.monotonic() - answered >= self._silence:
+                self._set(Status.SILENT, problem=DOES_NOT_ANSWER)
 
     async def _is_well(self, launch: Launch) -> bool | None:
         """Whether a server can generate, None if it does not say."""

@@ -1,8 +1,10 @@
-import { button, copy, download, h, percent, replace } from "./dom.js";
+import { button, copyText, download, h, percent, replace, toast } from "./dom.js";
 import { chart, legend, picture } from "./charts.js";
-import { ask, on, state } from "./store.js";
+import * as storage from "./storage.js";
+import { ask, on, order, state } from "./store.js";
 
 const KEY = "lab.bench";
+const LAST = "lab.benched"; // the run that was kept last, which may have been deleted since
 const MAX_RUNS = 20;
 const MAX_SHOWN = 6; // colours
 const parts = {};
@@ -26,20 +28,37 @@ export function make(section) {
       parts.job),
     parts.runs, parts.charts, parts.table);
   on("bench", () => { keep(); drawJob(); });
-  addEventListener("storage", (event) => { if (event.key === KEY) { runs = read(); draw(); } });
+  storage.onChange(KEY, () => {
+    runs = read();
+    draw();
+  });
   draw();
 }
 
+// Anything may be in the store; what is no run of a benchmark is passed over.
 function read() {
-  try {
-    return JSON.parse(localStorage.getItem(KEY)) ?? [];
-  } catch {
-    return [];
-  }
+  const found = storage.getJson(KEY);
+  return Array.isArray(found) ? found.filter(isRun) : [];
+}
+
+const isNumber = (value) => typeof value === "number";
+
+function isRun(found) {
+  const { id, at, model, drafter, result } = found ?? {};
+  if (![id, model, drafter].every((each) => typeof each === "string") || !isNumber(at)) return false;
+  return isResult(result);
+}
+
+function isResult(result) {
+  const depths = Object.values(result?.depths ?? {});
+  const areNumbers = (each) =>
+    [each?.speed_up, each?.plain_tps, each?.acceptance_rate].every(isNumber) && each.differences;
+  return depths.length > 0 && depths.every(areNumbers) && result.machine && result.verify_cost;
 }
 
 function write() {
-  localStorage.setItem(KEY, JSON.stringify(runs));
+  const isKept = storage.set(KEY, JSON.stringify(runs));
+  if (!isKept) toast("The browser's store is full: runs are kept only until the page is left.");
   draw();
 }
 
@@ -57,7 +76,7 @@ function drawJob() {
   parts.run.disabled = isRunning;
   replace(parts.job,
     isRunning && h("div", {},
-      h("div", { class: "row spread" }, h("small", {}, job.lines.at(-1) ?? "Loading the model…"), button("Stop", () => ask("/api/bench/stop"), { class: "small" })),
+      h("div", { class: "row spread" }, h("small", {}, job.lines.at(-1) ?? "Loading the model…"), button("Stop", () => order("/api/bench/stop"), { class: "small" })),
       h("progress", job.progress ? { value: job.progress, max: 1 } : {})),
     job.status === "failed" && h("div", { class: "stack" }, h("p", { class: "problem" }, `It failed: ${job.problem}`), h("pre", {}, job.lines.join("\n"))),
     job.status === "stopped" && h("p", { class: "dim" }, "Stopped."));
@@ -65,10 +84,11 @@ function drawJob() {
 
 function keep() {
   const job = state.bench;
-  if (job.status !== "done" || !job.result) return;
+  if (job.status !== "done" || !isResult(job.result)) return;
   const id = String(job.started);
   runs = read();
-  if (runs.some((each) => each.id === id)) return;
+  if (storage.get(LAST) === id || runs.some((each) => each.id === id)) return;
+  storage.set(LAST, id);
   runs = [{ id, at: job.started, ...job.about, result: job.result }, ...runs].slice(0, MAX_RUNS);
   shownIds = new Set([id, ...shownIds].slice(0, 2));
   write();
@@ -82,7 +102,7 @@ function draw() {
   const seen = chosen();
   replace(parts.runs, runs.length > 0 && h("div", { class: "card stack" },
     h("div", { class: "row spread" }, h("h2", {}, "Runs"), h("div", { class: "row" },
-      button("Copy as Markdown", () => copy(markdown(chosen())), { class: "small", id: "bench-copy" }),
+      button("Copy as Markdown", () => copyText(markdown(chosen())), { class: "small", id: "bench-copy" }),
       button("Save Markdown", () => download("bench.md", new Blob([markdown(chosen())], { type: "text/markdown" })), { class: "small", id: "bench-markdown" }),
       button("Save PNG", png, { class: "small", id: "bench-png" }))),
     runs.map((each) => h("div", { class: "row" },

@@ -42,13 +42,32 @@ export function toast(text) {
   toast.timer = setTimeout(() => place.classList.remove("shown"), 3500);
 }
 
-export async function copy(text) {
-  await navigator.clipboard.writeText(text);
-  toast("Copied");
+// Lets a screen reader say what comes, a line at a time; begins anew without a text.
+export function speak(text = "", isWhole = false) {
+  const place = document.getElementById("spoken");
+  if (!text) {
+    speak.said = 0;
+    place.replaceChildren();
+    return;
+  }
+  const end = isWhole ? text.length : text.lastIndexOf("\n") + 1;
+  const more = text.slice(speak.said, end).trim();
+  if (more) place.append(h("p", {}, more));
+  speak.said = Math.max(speak.said, end);
+}
+speak.said = 0;
+
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast("Copied");
+  } catch {
+    toast("The browser does not allow to copy");
+  }
 }
 
 export function copyButton(textOf, label = "Copy") {
-  return button(label, () => copy(textOf()).catch(() => toast("The browser does not allow to copy")), { class: "small quiet" });
+  return button(label, () => copyText(textOf()), { class: "small quiet" });
 }
 
 export function download(name, blob) {

@@ -9,7 +9,6 @@ const NUM_LINES = 400;
 const MAX_POSITIONS = 6;
 const parts = {};
 let isShown = false;
-let isDue = false;
 
 export function make(section) {
   for (const name of ["plots", "requests", "log"]) parts[name] = h("div");
@@ -20,7 +19,7 @@ export function make(section) {
     h("div", { class: "card" }, h("h2", {}, "Requests"), parts.requests),
     h("div", { class: "card stack" }, h("div", { class: "row spread" }, h("h2", {}, "Log"), h("div", {}, parts.filter)), parts.log));
   on("sample samples state", plotSoon);
-  on("log lines", () => { if (isShown) { drawRequests(); drawLog(); } });
+  on("log lines", logSoon);
 }
 
 export function shown(isNow) {
@@ -28,11 +27,24 @@ export function shown(isNow) {
   if (isShown) { plot(); drawRequests(); drawLog(); }
 }
 
-function plotSoon() {
-  if (isDue || !isShown) return;
-  isDue = true;
-  requestAnimationFrame(() => { isDue = false; plot(); });
+// Draws at the next frame, however often something changes until then.
+function soon(draw) {
+  let isDue = false;
+  return () => {
+    if (isDue || !isShown) return;
+    isDue = true;
+    requestAnimationFrame(() => {
+      isDue = false;
+      draw();
+    });
+  };
 }
+
+const plotSoon = soon(plot);
+const logSoon = soon(() => {
+  drawRequests();
+  drawLog();
+});
 
 const at = (list, i) => list[i] ?? 0;
 
@@ -117,6 +129,7 @@ function drawLog() {
     parts.log.append(view);
   }
   const isAtEnd = view.scrollTop + view.clientHeight >= view.scrollHeight - 30;
-  view.textContent = lines.map((line) => line.text).join("\n") || "Nothing to show.";
+  const text = lines.map((line) => line.text).join("\n") || "Nothing to show.";
+  if (view.textContent !== text) view.textContent = text;
   if (isAtEnd) view.scrollTop = view.scrollHeight;
 }

@@ -1,16 +1,17 @@
 import { ago, bytes, button, clock, copyButton, fill, h, replace, toast } from "./dom.js";
-import { ask, check, on, state } from "./store.js";
+import { ask, check, labTime, on, order, state } from "./store.js";
 
 const SAMPLING = { temperature: "Temperature", top_p: "Top-p", top_k: "Top-k", min_p: "Min-p" };
 const NEW = {
   model: null, mtp: false, drafter: null, num_draft_tokens: "auto", draft_vocab: null,
-  recommended: true, sampling: {}, port: 8080, api_key: "", flags: {},
+  recommended: true, sampling: {}, port: 8080, api_key: "", origins: "", flags: {},
 };
-const RUNS = ["starting", "ready", "waiting", "stopping"];
+const RUNS = ["starting", "ready", "silent", "waiting", "stopping"];
 const parts = {};
 let form = { ...NEW };
 let isChanged = false; // by the user, since it was last what runs
 let isDecided = false; // whether a drafter is used with this model
+let isAsking = false; // whether a server may be started
 
 export function make(section) {
   for (const name of ["now", "models", "drafter", "verdict", "sampling", "flags", "command", "go", "get"])
@@ -24,7 +25,7 @@ export function make(section) {
       h("div", {},
         h("div", { class: "card" },
           h("div", { class: "row spread" }, h("h2", {}, "Model"),
-            button("Look again", () => ask("/api/models"), { class: "small quiet" })),
+            button("Look again", () => order("/api/models"), { class: "small quiet" })),
           h("div", { class: "stack" }, parts.filter, parts.models, parts.get)),
         h("div", { class: "card stack" }, h("div", {}, h("h2", {}, "Start"), parts.command), parts.go)),
       h("div", {},
@@ -33,6 +34,7 @@ export function make(section) {
         h("div", { class: "card stack" }, parts.flags))));
   makeControls();
   makeGet();
+  makeGo();
   on("state", () => { adopt(); drawNow(); drawGo(); });
   on("models", () => { adopt(); drawModels(); drawDrafters(); drawAll(); });
   on("check", () => { if (isOpen()) { decide(); fillControls(); drawAll(); } drawTags(); drawVerdict(); });
@@ -44,7 +46,7 @@ export function make(section) {
 // Text that changes with time; the elements around it stay, so that they can be used.
 function ticking(textOf) {
   const node = document.createTextNode("");
-  const tick = () => { node.data = textOf(Date.now() / 1000); };
+  const tick = () => { node.data = textOf(labTime()); };
   tick();
   parts.ticks.push(tick);
   return node;
@@ -103,7 +105,7 @@ function drawNow() {
   if (!server) return;
   const name = server.settings?.model;
   const title = {
-    stopped: "No server is running", starting: `Loading ${name}`, ready: name,
+    stopped: "No server is running", starting: `Loading ${name}`, ready: name, silent: `${name} does not answer`,
     stopping: `Stopping ${name}`, waiting: `${name} ended and is started again`, failed: `${name} does not run`,
   }[server.status];
   parts.ticks = [];
@@ -117,13 +119,13 @@ function drawNow() {
   replace(parts.now, h("div", { class: "card now", "data-status": server.status, id: "now" },
     h("div", { class: "row spread" },
       h("h2", {}, h("i", { class: "dot" }), title),
-      canStop && button("Stop", stop, { id: "stop" })),
+      canStop && button("Stop", () => order("/api/stop"), { id: "stop" })),
     server.status === "stopped" && h("p", { class: "dim" }, "Choose a model below and start it."),
     server.status === "starting" && fill(parts.progress, loading(server)),
     server.status === "waiting" && h("p", {}, ticking((now) => `Attempt ${server.num_restarts + 1} in ${ago(server.retry_at - now)}.`)),
     server.problem && h("p", { class: "problem" }, server.problem),
     server.last_lines.length > 0 && h("pre", { "aria-label": "Last lines of the log" }, server.last_lines.join("\n")),
-    server.status === "ready" && facts(server)));
+    ["ready", "silent"].includes(server.status) && facts(server)));
 }
 
 function loading(server) {
@@ -141,14 +143,10 @@ function facts(server) {
   const rows = {
     Drafter: drafter,
     "Draft tokens": drafter === "none" ? "0" : number,
-    Since: ticking((now) => `${clock(server.since)} (${ago(now - server.since)})`),
+    Since: ticking((now) => `${clock(server.since - state.ahead)} (${ago(now - server.since)})`),
     Address: h("span", { class: "row" }, h("code", {}, `${server.url}/v1`), copyButton(() => `${server.url}/v1`)),
   };
   return h("dl", { class: "facts" }, Object.entries(rows).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
-}
-
-async function stop() {
-  await ask("/api/stop").catch((error) => toast(error.message));
 }
 
 // ---- models
@@ -165,18 +163,38 @@ function drawModels() {
 }
 
 function drawTags() {
-  for (const [model, element] of parts.tags ?? []) replace(element, headTag(model, check(model.name)));
+  for (const [model, { tag, details }] of parts.tags ?? []) {
+    const found = check(model.name);
+    replace(tag, headTag(model, found));
+    replace(details, detailsOf(model, found));
+  }
 }
 
 function modelRow(model) {
   const tag = h("span");
-  parts.tags.set(model, tag);
-  const bits = model.bits ? ` · ${model.bits} bits` : "";
+  const details = h("small");
+  parts.tags.set(model, { tag, details });
   return h("label", { class: "model", "data-name": model.name },
     h("input", { type: "radio", name: "model", checked: form.model === model.name, onchange: () => { choose(model.name); change({}); } }),
     h("span", {}, h("span", {}, model.name, " ", tag),
-      h("small", {}, `${model.model_type} · ${bytes(model.num_bytes)}${bits}`)));
+      details));
 }
+
+// What doctor found, in one line: the memory that is expected and where the head is.
+function detailsOf(model, found) {
+  const { drafter, memory } = found ?? {};
+  const expected = memory ? memory.model_bytes + memory.drafter_bytes : found?.model?.num_bytes;
+  return [
+    model.model_type,
+    `${bytes(model.num_bytes)} on disk`,
+    model.bits && `${model.bits} bits`,
+    expected && `${bytes(expected)} of memory`,
+    drafter?.files?.length && `head in ${filesOf(drafter)}`,
+  ].filter(Boolean).join(" · ");
+}
+
+const filesOf = (drafter) =>
+  drafter.files.map((file) => file.split("/").slice(-2).join("/")).join(", ");
 
 function headTag(model, found) {
   if (!found) return h("span", { class: "tag" }, "looking…");
@@ -211,7 +229,7 @@ function drawDownload() {
   const isRunning = job.status === "running";
   replace(parts.downloads,
     h("div", { class: "row spread" }, h("small", {}, `${job.about.repo_id}: ${job.status}`),
-      isRunning && button("Stop", () => ask("/api/download/stop"), { class: "small" })),
+      isRunning && button("Stop", () => order("/api/download/stop"), { class: "small" })),
     isRunning && h("progress", {}),
     job.problem && h("p", { class: "problem" }, job.problem),
     job.lines.length > 0 && h("pre", {}, job.lines.slice(-6).join("\n")));
@@ -244,6 +262,7 @@ function makeControls() {
       h("div", { class: "field" }, h("label", { for: `sampling-${name}` }, text), parts.fields[name])))));
   parts.port = h("input", { type: "number", id: "port", min: 1024, max: 65535, onchange: number("port") });
   parts.key = h("input", { id: "key", placeholder: "none", autocomplete: "off", spellcheck: "false", onchange: (event) => change({ api_key: event.target.value }) });
+  parts.origins = h("input", { id: "origins", placeholder: "none", autocomplete: "off", spellcheck: "false", onchange: (event) => change({ origins: event.target.value.replaceAll(" ", "") }) });
   makeFlags();
 }
 
@@ -263,7 +282,8 @@ function makeFlags() {
   replace(parts.flags,
     h("div", { class: "fields" },
       h("div", { class: "field" }, h("label", { for: "port" }, "Port"), parts.port),
-      h("div", { class: "field" }, h("label", { for: "key" }, "API key"), parts.key)),
+      h("div", { class: "field" }, h("label", { for: "key" }, "API key"), parts.key),
+      h("div", { class: "field" }, h("label", { for: "origins" }, "Web pages that may ask"), parts.origins)),
     state.flags.length > 0 && h("details", { open: isOpen }, h("summary", {}, "More of the server's flags"), h("div", { class: "stack" }, state.flags.map(one))));
   fillControls();
 }
@@ -272,7 +292,7 @@ function fillControls() {
   parts.mtp.checked = form.mtp;
   parts.number.value = String(form.num_draft_tokens ?? "auto");
   drawDrafters();
-  for (const [input, value] of [[parts.vocab, form.draft_vocab], [parts.port, form.port], [parts.key, form.api_key],
+  for (const [input, value] of [[parts.vocab, form.draft_vocab], [parts.port, form.port], [parts.key, form.api_key], [parts.origins, form.origins],
     ...Object.entries(parts.fields).map(([name, each]) => [each, form.sampling?.[name]])])
     if (document.activeElement !== input) input.value = value ?? "";
   for (const [name, input] of Object.entries(parts.flagInputs ?? {})) {
@@ -303,7 +323,12 @@ function drawVerdict() {
   const own = check(form.model);
   const isOn = form.mtp || form.drafter !== null;
   const found = isOn ? check(form.model, form.drafter) : own;
-  replace(parts.verdict, h("div", { id: "verdict", class: "stack", "aria-live": "polite" }, ...(isOn ? asked(found) : off(own))));
+  const content = isOn ? asked(found) : off(own);
+  const text = content.map((each) => each.textContent).join("");
+  // What has not changed is not said again by a screen reader.
+  if (parts.verdict.firstChild?.textContent === text) return;
+  const verdict = h("div", { id: "verdict", class: "stack", "aria-live": "polite" }, content);
+  replace(parts.verdict, verdict);
 }
 
 function asked(found) {
@@ -311,7 +336,7 @@ function asked(found) {
   if (!found.works)
     return [h("p", { class: "note bad" }, h("b", {}, "Will not be started. "), found.problem, found.to_do && found.to_do !== found.problem ? ` ${found.to_do}` : "")];
   const { drafter, memory } = found;
-  const place = drafter.files ? ` in ${drafter.files.map((file) => file.split("/").slice(-2).join("/")).join(", ")}` : "";
+  const place = drafter.files ? ` in ${filesOf(drafter)}` : "";
   const perToken = memory.drafter_bytes_per_token ? `, ${bytes(memory.drafter_bytes_per_token * 1000)} more for each 1000 tokens` : "";
   const device = memory.device_bytes ? ` of ${bytes(memory.device_bytes)} here` : "";
   return [h("p", { class: "note good" }, h("b", {}, `${drafter.kind} found, it fits.`), place && ` It is${place}.`,
@@ -364,30 +389,47 @@ async function drawCommand() {
   if (number === drawCommand.number) replace(parts.command, content);
 }
 
-function drawGo() {
-  const { problem } = parts;
-  const server = state.server;
-  if (!server) return;
-  const isUp = RUNS.includes(server.status);
-  const text = !isUp ? "Start" : server.settings?.model === form.model ? "Apply and restart" : "Switch";
-  const isPort = problem?.includes("port ");
-  replace(parts.go,
-    problem && h("p", { class: "problem", role: "alert", id: "refusal" }, problem),
-    isPort && button("Take a free port", async () => { change({ port: (await ask("/api/free-port")).port }); }, { class: "small" }),
-    h("button", { type: "button", class: "primary", id: "start", onclick: start, disabled: !form.model }, text));
+function makeGo() {
+  parts.refusal = h("p", { class: "problem", role: "alert", id: "refusal", hidden: true });
+  parts.free = button("Take a free port", takeFreePort, { class: "small", hidden: true });
+  parts.start = button("Start", start, { class: "primary", id: "start" });
+  replace(parts.go, parts.refusal, parts.free, parts.start);
 }
 
-async function start(event) {
-  event.target.disabled = true;
-  event.target.textContent = "Checking…";
+function drawGo() {
+  const { problem } = parts;
+  parts.refusal.hidden = !problem;
+  parts.refusal.textContent = problem ?? "";
+  parts.free.hidden = !problem?.includes("port ");
+  parts.start.textContent = isAsking ? "Checking…" : startText();
+  parts.start.disabled = isAsking || !form.model || !state.server;
+}
+
+function startText() {
+  const { server } = state;
+  if (!RUNS.includes(server?.status)) return "Start";
+  return server.settings?.model === form.model ? "Apply and restart" : "Switch";
+}
+
+async function takeFreePort() {
+  try {
+    change({ port: (await ask("/api/free-port")).port });
+  } catch (error) {
+    toast(error.message);
+  }
+}
+
+async function start() {
+  isAsking = true;
+  drawGo();
   try {
     await ask("/api/start", settings());
     isChanged = false;
     parts.problem = null;
-    drawGo();
     document.getElementById("page").scrollTo({ top: 0, behavior: "smooth" });
   } catch (error) {
     parts.problem = error.message;
-    drawGo();
   }
+  isAsking = false;
+  drawGo();
 }

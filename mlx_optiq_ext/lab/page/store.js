@@ -1,9 +1,13 @@
 // What the Lab tells, and questions to it.
+import { toast } from "./dom.js";
 
 export const state = {
   server: null, models: null, checks: new Map(), flags: [], samples: [],
   log: [], bench: null, download: null, isConnected: false,
+  ahead: 0, // seconds that the Lab's clock is ahead of the browser's, which may be elsewhere
 };
+
+export const labTime = () => Date.now() / 1000 + state.ahead;
 
 const MAX_LINES = 2000;
 const MAX_SAMPLES = 600;
@@ -21,7 +25,10 @@ function emit(name) {
 export const pair = (model, drafter) => `${model}\n${drafter ?? ""}`;
 
 const receive = {
-  state(data) { state.server = data; },
+  state(data) {
+    state.server = data;
+    state.ahead = data.now - Date.now() / 1000;
+  },
   models(data) { state.models = data; state.checks.clear(); },
   flags(data) { state.flags = data; },
   check(data) { state.checks.set(pair(data.name, data.drafter_name), data); },
@@ -54,6 +61,9 @@ export async function ask(path, body = {}) {
   if (!reply.ok) throw new Error(problemIn(text));
   return JSON.parse(text);
 }
+
+// Asks for something whose answer is of no interest, or says why it is not done.
+export const order = (path) => ask(path).catch((error) => toast(error.message));
 
 export function problemIn(text) {
   try {
