@@ -23,11 +23,18 @@ expect.set_options(timeout=TIMEOUT * 1000)
 QUESTION = "Write a function that reads a file and returns its lines"
 
 
+def enter(page: Page, lab: LabProcess) -> None:
+    """Open the address that the Lab printed."""
+    page.goto(lab.url)
+    page.wait_for_url(f"{lab.base}/")
+    expect(page.locator("#pill")).not_to_be_empty()
+
+
 @pytest.fixture(scope="module")
 def context(browser: Browser, lab: LabProcess) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1200, "height": 800})
     context.set_default_timeout(TIMEOUT * 1000)
-    context.new_page().goto(lab.url)
+    enter(context.new_page(), lab)
     yield context
     context.close()
 
@@ -410,7 +417,7 @@ def test_the_keyboard_reaches_and_changes_everything(page):
 def test_a_page_follows_the_colours_of_the_system(browser, lab, scheme):
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
-    page.goto(lab.url)
+    enter(page, lab)
     background = "getComputedStyle(document.body).backgroundColor"
     colors = [int(x) for x in re.findall(r"\d+", page.evaluate(background))[:3]]
     assert (sum(colors) > 380) == (scheme == "light")
@@ -423,7 +430,7 @@ def test_a_page_follows_the_colours_of_the_system(browser, lab, scheme):
 def test_a_lab_that_has_ended_is_told(browser, start_lab):
     own = start_lab()
     page = browser.new_page()
-    page.goto(own.url)
+    enter(page, own)
     expect(page.locator("#lost")).to_be_hidden()
     own.close()
     expect(page.locator("#lost")).to_contain_text("does not answer")
@@ -553,7 +560,7 @@ def test_a_page_works_where_nothing_may_be_stored(browser: Browser, lab):
         "{ get() { throw new DOMException('no', 'SecurityError'); } })"
     )
     page = context.new_page()
-    page.goto(lab.url)
+    enter(page, lab)
     ready(page, lab)
     ask(page)
     is_answered(page)
@@ -836,7 +843,7 @@ def test_every_text_stands_out_from_what_is_behind_it(browser, lab, scheme):
     """By at least 4.5 to 1, as WCAG's level AA asks for."""
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
-    page.goto(lab.url)
+    enter(page, lab)
     message = {
         "role": "assistant",
         "content": "MTP `code` assistant draft copy\n\n> quote\n",

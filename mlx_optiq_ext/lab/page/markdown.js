@@ -118,7 +118,9 @@ function quote(lines, paint, depth) {
   return h("blockquote", {}, blocks(inner, paint, depth + 1));
 }
 
-const paragraph = (lines, paint) => h("p", {}, inline(lines, paint));
+function paragraph(lines, paint) {
+  return h("p", {}, inline(lines, paint));
+}
 
 const isClosing = (text, fence) => text.trim().startsWith(fence) && !text.trim().slice(fence.length).replaceAll(fence[0], "");
 const isParagraph = (text) => text.trim() && ![FENCE, HEADING, RULE, QUOTE, ITEM].some((each) => each.test(text));
