@@ -41,7 +41,9 @@ function read() {
   return Array.isArray(found) ? found.filter(isRun) : [];
 }
 
-const isNumber = (value) => typeof value === "number";
+function isNumber(value) {
+  return typeof value === "number";
+}
 
 function isRun(found) {
   const { id, at, model, drafter, result } = found ?? {};
@@ -53,7 +55,7 @@ function isResult(result) {
   const depths = Object.values(result?.depths ?? {});
   const areNumbers = (each) =>
     [each?.speed_up, each?.plain_tps, each?.acceptance_rate].every(isNumber) && each.differences;
-  return depths.length > 0 && depths.every(areNumbers) && result.machine && result.verify_cost;
+  return depths.length > 0 && depths.every(areNumbers) && result.machine && Object.values(result.verify_cost ?? []).every(isNumber);
 }
 
 function write() {

@@ -1,46 +1,61 @@
 import { ago, bytes, button, clock, copyButton, fill, h, replace, toast } from "./dom.js";
+import { adopt, change, decide, form, onChange, settings, wasStarted } from "./form.js";
+import { drafters, drawDownload, drawModels, drawTags, filesOf, makeModels, markChosen } from "./models.js";
 import { ask, check, labTime, on, order, state } from "./store.js";
 
 const SAMPLING = { temperature: "Temperature", top_p: "Top-p", top_k: "Top-k", min_p: "Min-p" };
-const NEW = {
-  model: null, mtp: false, drafter: null, num_draft_tokens: "auto", draft_vocab: null,
-  recommended: true, sampling: {}, port: 8080, api_key: "", origins: "", flags: {},
-};
 const RUNS = ["starting", "ready", "silent", "waiting", "stopping"];
 const parts = {};
-let form = { ...NEW };
-let isChanged = false; // by the user, since it was last what runs
-let isDecided = false; // whether a drafter is used with this model
 let isAsking = false; // whether a server may be started
 
 export function make(section) {
-  for (const name of ["now", "models", "drafter", "verdict", "sampling", "flags", "command", "go", "get"])
-    parts[name] = h("div");
-  parts.filter = h("input", { type: "search", placeholder: "Filter models", "aria-label": "Filter models", oninput: drawModels });
+  for (const name of ["now", "drafter", "verdict", "sampling", "flags", "command", "go"]) parts[name] = h("div");
+  const starting = h("div", { class: "card stack" }, h("div", {}, h("h2", {}, "Start"), parts.command), parts.go);
+  const speculation = h("div", { class: "card" }, h("h2", {}, "Speculation"), h("div", { class: "stack" }, parts.drafter, parts.verdict));
+  const sampling = h("div", { class: "card" }, h("h2", {}, "Sampling"), parts.sampling);
   section.append(
     h("h1", {}, "Server"),
     h("p", { class: "dim" }, "One model at a time, with the drafter of your choice."),
     parts.now,
     h("div", { class: "columns" },
-      h("div", {},
-        h("div", { class: "card" },
-          h("div", { class: "row spread" }, h("h2", {}, "Model"),
-            button("Look again", () => order("/api/models"), { class: "small quiet" })),
-          h("div", { class: "stack" }, parts.filter, parts.models, parts.get)),
-        h("div", { class: "card stack" }, h("div", {}, h("h2", {}, "Start"), parts.command), parts.go)),
-      h("div", {},
-        h("div", { class: "card" }, h("h2", {}, "Speculation"), h("div", { class: "stack" }, parts.drafter, parts.verdict)),
-        h("div", { class: "card" }, h("h2", {}, "Sampling"), parts.sampling),
-        h("div", { class: "card stack" }, parts.flags))));
+      h("div", {}, makeModels(), starting),
+      h("div", {}, speculation, sampling, h("div", { class: "card stack" }, parts.flags))));
   makeControls();
-  makeGet();
   makeGo();
-  on("state", () => { adopt(); drawNow(); drawGo(); });
-  on("models", () => { adopt(); drawModels(); drawDrafters(); drawAll(); });
-  on("check", () => { if (isOpen()) { decide(); fillControls(); drawAll(); } drawTags(); drawVerdict(); });
+  listen();
+  setInterval(() => {
+    for (const tick of parts.ticks ?? []) tick();
+  }, 1000);
+}
+
+function listen() {
+  onChange(() => {
+    parts.problem = null;
+    fillControls();
+    drawAll();
+  });
+  on("state", () => {
+    adopt();
+    fillControls();
+    drawNow();
+    drawGo();
+  });
+  on("models", () => {
+    adopt();
+    drawModels();
+    fillControls();
+    drawAll();
+  });
+  on("check", () => {
+    if (decide()) {
+      fillControls();
+      drawAll();
+    }
+    drawTags();
+    drawVerdict();
+  });
   on("flags", makeFlags);
   on("download", drawDownload);
-  setInterval(() => { for (const tick of parts.ticks ?? []) tick(); }, 1000);
 }
 
 // Text that changes with time; the elements around it stay, so that they can be used.
@@ -50,52 +65,6 @@ function ticking(textOf) {
   tick();
   parts.ticks.push(tick);
   return node;
-}
-
-// The form shows what runs until the user changes something.
-function adopt() {
-  const settings = state.server?.settings;
-  if (!isChanged && settings) {
-    form = { ...NEW, ...settings };
-    isDecided = true;
-  }
-  if (form.model === null && state.models?.length) choose(firstModel());
-  fillControls();
-}
-
-function firstModel() {
-  return state.models.find((model) => model.kind === "model")?.name ?? null;
-}
-
-function choose(name) {
-  // Settings of one model are not taken to another.
-  form = { ...form, model: name, mtp: false, drafter: null, sampling: {}, draft_vocab: null };
-  isDecided = false;
-  decide();
-}
-
-const isOpen = () => !isDecided && form.model !== null && check(form.model);
-
-// A head that is there is used, unless the user wants it otherwise.
-function decide() {
-  if (!isOpen()) return;
-  form.mtp = check(form.model).works;
-  isDecided = true;
-}
-
-function change(changes) {
-  isChanged = true;
-  parts.problem = null;
-  form = { ...form, ...changes };
-  fillControls();
-  drawAll();
-}
-
-function drawAll() {
-  drawVerdict();
-  drawSampling();
-  drawCommand();
-  drawGo();
 }
 
 // ---- what runs
@@ -149,98 +118,12 @@ function facts(server) {
   return h("dl", { class: "facts" }, Object.entries(rows).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
 
-// ---- models
-
-function drawModels() {
-  if (!state.models) return;
-  const wanted = parts.filter.value.toLowerCase();
-  const models = state.models.filter((model) => model.kind === "model");
-  parts.filter.hidden = models.length < 8;
-  parts.tags = new Map();
-  replace(parts.models, h("div", { class: "models", role: "radiogroup", "aria-label": "Model" },
-    models.filter((model) => model.name.toLowerCase().includes(wanted)).map(modelRow)));
-  drawTags();
-}
-
-function drawTags() {
-  for (const [model, { tag, details }] of parts.tags ?? []) {
-    const found = check(model.name);
-    replace(tag, headTag(model, found));
-    replace(details, detailsOf(model, found));
-  }
-}
-
-function modelRow(model) {
-  const tag = h("span");
-  const details = h("small");
-  parts.tags.set(model, { tag, details });
-  return h("label", { class: "model", "data-name": model.name },
-    h("input", { type: "radio", name: "model", checked: form.model === model.name, onchange: () => { choose(model.name); change({}); } }),
-    h("span", {}, h("span", {}, model.name, " ", tag),
-      details));
-}
-
-// What doctor found, in one line: the memory that is expected and where the head is.
-function detailsOf(model, found) {
-  const { drafter, memory } = found ?? {};
-  const expected = memory ? memory.model_bytes + memory.drafter_bytes : found?.model?.num_bytes;
-  return [
-    model.model_type,
-    `${bytes(model.num_bytes)} on disk`,
-    model.bits && `${model.bits} bits`,
-    expected && `${bytes(expected)} of memory`,
-    drafter?.files?.length && `head in ${filesOf(drafter)}`,
-  ].filter(Boolean).join(" · ");
-}
-
-const filesOf = (drafter) =>
-  drafter.files.map((file) => file.split("/").slice(-2).join("/")).join(", ");
-
-function headTag(model, found) {
-  if (!found) return h("span", { class: "tag" }, "looking…");
-  if (found.works) return h("span", { class: "tag good" }, "MTP head");
-  if (drafters(model.name).some((each) => each.kind === "assistant" && check(model.name, each.name)?.works))
-    return h("span", { class: "tag good" }, "assistant");
-  return found.model ? h("span", { class: "tag" }, "no head") : h("span", { class: "tag bad" }, "cannot be read");
-}
-
-// Those of the same family first: others cannot fit.
-function drafters(name) {
-  const model = state.models?.find((each) => each.name === name);
-  const family = model?.model_type.split(/[_.]/)[0].replace(/\d.*$/, "");
-  return (state.models ?? []).filter((each) => each.name !== name && each.model_type.startsWith(family ?? "?"));
-}
-
-function makeGet() {
-  const name = h("input", { placeholder: "ORG/NAME", "aria-label": "Id on the Hub", spellcheck: "false" });
-  parts.downloads = h("div");
-  const get = (event) => {
-    event.preventDefault();
-    ask("/api/download", { repo_id: name.value.trim() }).catch((error) => replace(parts.downloads, h("p", { class: "problem" }, error.message)));
-  };
-  replace(parts.get, h("details", {}, h("summary", {}, "Get one from the Hub"),
-    h("form", { class: "row", onsubmit: get }, h("div", { class: "grow" }, name), h("button", {}, "Download")), parts.downloads));
-}
-
-function drawDownload() {
-  const job = state.download;
-  if (!job) return;
-  parts.get.firstChild.open = true;
-  const isRunning = job.status === "running";
-  replace(parts.downloads,
-    h("div", { class: "row spread" }, h("small", {}, `${job.about.repo_id}: ${job.status}`),
-      isRunning && button("Stop", () => order("/api/download/stop"), { class: "small" })),
-    isRunning && h("progress", {}),
-    job.problem && h("p", { class: "problem" }, job.problem),
-    job.lines.length > 0 && h("pre", {}, job.lines.slice(-6).join("\n")));
-}
-
 // ---- speculation
 
 function makeControls() {
   const number = (name) => (event) => change({ [name]: event.target.value === "" ? null : Number(event.target.value) });
-  parts.mtp = h("input", { type: "checkbox", id: "mtp", onchange: (event) => { isDecided = true; change({ mtp: event.target.checked, drafter: event.target.checked ? null : form.drafter }); } });
-  parts.pick = h("select", { id: "drafter", onchange: (event) => { isDecided = true; change(event.target.value ? { drafter: event.target.value, mtp: false } : { drafter: null }); } });
+  parts.mtp = h("input", { type: "checkbox", id: "mtp", onchange: (event) => change({ mtp: event.target.checked, drafter: event.target.checked ? null : form.drafter }) });
+  parts.pick = h("select", { id: "drafter", onchange: (event) => { change(event.target.value ? { drafter: event.target.value, mtp: false } : { drafter: null }); } });
   parts.number = h("select", { id: "number", onchange: (event) => change({ num_draft_tokens: event.target.value === "auto" ? "auto" : Number(event.target.value) }) },
     h("option", { value: "auto" }, "auto"), [1, 2, 3, 4, 5, 6, 7, 8].map((n) => h("option", { value: n }, n)));
   parts.vocab = h("input", { type: "number", min: 1, id: "vocab", placeholder: "all tokens", onchange: number("draft_vocab") });
@@ -300,8 +183,7 @@ function fillControls() {
     if (input.type === "checkbox") input.checked = value === true;
     else if (document.activeElement !== input) input.value = value ?? "";
   }
-  for (const radio of parts.models.querySelectorAll("input[type=radio]"))
-    radio.checked = radio.closest(".model").dataset.name === form.model;
+  markChosen();
 }
 
 function drawDrafters() {
@@ -370,12 +252,6 @@ function drawSampling() {
 
 // ---- the command line, and starting it
 
-function settings() {
-  const { sampling, flags } = form;
-  const given = (object) => Object.fromEntries(Object.entries(object ?? {}).filter(([, value]) => value !== null && value !== "" && value !== false));
-  return { ...form, sampling: given(sampling), flags: given(flags) };
-}
-
 async function drawCommand() {
   const number = (drawCommand.number = (drawCommand.number ?? 0) + 1);
   if (!form.model) return;
@@ -424,7 +300,7 @@ async function start() {
   drawGo();
   try {
     await ask("/api/start", settings());
-    isChanged = false;
+    wasStarted();
     parts.problem = null;
     document.getElementById("page").scrollTo({ top: 0, behavior: "smooth" });
   } catch (error) {
