@@ -9,6 +9,15 @@ def switched_off() -> bool:
     return os.environ.get("MLX_OPTIQ_EXT") == "0"
 
 
+def module_run_as_main() -> "str | None":
+    """Return the NAME of `python -m NAME` while Python is still looking for it."""
+    if sys.argv[:1] != ["-m"]:
+        return None
+    # Everything after the name is in sys.argv, too.
+    option = sys.orig_argv[-len(sys.argv)]
+    return option.partition("m")[2] if option.startswith("-") else option
+
+
 class Trigger:
     """A meta path entry that patches mlx-lm when it is first looked up."""
 
@@ -22,6 +31,9 @@ class Trigger:
         self.armed = False
         # An exception here would make the import of mlx-lm fail.
         try:
+            from ._interrupts import stop_server_while_imported
+
+            stop_server_while_imported()
             from . import patches
 
             patches.apply()
@@ -37,6 +49,9 @@ def stand_aside(reason: str) -> None:
     """
     import warnings
 
+    from ._interrupts import release
+
+    release()
     message = f"mlx-optiq-ext leaves mlx-lm as it is: {reason}"
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)

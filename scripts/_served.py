@@ -25,7 +25,7 @@ HOST = "127.0.0.1"
 # What may come on top of what a server that is warm uses.
 MEMORY_ALLOWANCE = 64 << 20
 THREAD_ALLOWANCE = 2
-START_TIMEOUT = 60.0
+START_TIMEOUT = 300.0
 SETTLE_TIMEOUT = 90.0
 
 

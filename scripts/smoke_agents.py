@@ -1,6 +1,6 @@
 """Have coding agents use the server: one call of a tool and an answer each.
 
-    npm install @anthropic-ai/claude-code @openai/codex
+    npm install @anthropic-ai/claude-code @openai/codex opencode-ai
     python scripts/smoke_agents.py --bin node_modules/.bin
 
 The model says what the prompt tells it to: first it has a file read, which then tells
@@ -49,10 +49,10 @@ wire_api = "responses"
     "folder",
     type=click.Path(path_type=Path),
     default="",
-    help="Where claude and codex are. Default: in the path.",
+    help="Where the agents are. Default: in the path.",
 )
 def main(folder: Path) -> None:
-    """Run claude and codex against a server."""
+    """Run claude, codex and opencode against a server."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         (place / "note.txt").write_text(scripted.say(ANSWER))
@@ -67,6 +67,7 @@ def main(folder: Path) -> None:
             outcomes = [
                 run("claude", claude(folder, place), place, server),
                 run("codex", codex(folder, place, server), place, server),
+                run("opencode", opencode(folder, place, server), place, server),
             ]
         finally:
             server.stop()
@@ -87,10 +88,24 @@ def codex(folder: Path, place: Path, server: ServerProcess) -> list[str]:
     return [str(folder / "codex"), "exec", *options, prompt]
 
 
+def opencode(folder: Path, place: Path, server: ServerProcess) -> list[str]:
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "options": {"baseURL": f"{server.url}/v1"},
+        "models": {"default_model": {"limit": {"context": 1 << 20, "output": 8000}}},
+    }
+    config = {"provider": {"local": provider}, "permission": {"*": "allow"}}
+    (place / "opencode.json").write_text(json.dumps(config))
+    call = scripted.call("read", {"filePath": str(place / "note.txt")})
+    prompt = scripted.say(f"I look. {call}")
+    return [str(folder / "opencode"), "run", "-m", "local/default_model", prompt]
+
+
 def run(name: str, command: list[str], place: Path, server: ServerProcess) -> bool:
     """Whether an agent read the note and gave its answer; says so."""
     environment = os.environ | {
         "HOME": str(place),
+        "PWD": str(place),
         "CODEX_HOME": str(place),
         "ANTHROPIC_BASE_URL": server.url,
         "ANTHROPIC_AUTH_TOKEN": "none",
@@ -107,7 +122,7 @@ def run(name: str, command: list[str], place: Path, server: ServerProcess) -> bo
         text=True,
         timeout=TIMEOUT,
     )
-    is_answered = process.stdout.strip() == ANSWER
+    is_answered = process.stdout.strip().endswith(ANSWER)
     print(f"{name}: {'answered' if is_answered else json.dumps(process.stdout)}")
     for line in server.output().splitlines()[num_lines:]:
         if "draft_n" in line:

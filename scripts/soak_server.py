@@ -1,7 +1,8 @@
 """Keeps a server busy with mixed requests for long, and checks what it answers.
 
-Several clients at once ask by all three APIs, streamed and not, some of them leave in
-the middle, and some ask for nonsense. What a plain server says, one request after
+Several clients at once ask by all routes, streamed and not, with tools, with stop
+sequences, for several replies and for log probabilities. Some of them leave in the
+middle, and some ask for nonsense. What a plain server says, one request after
 another, is the right answer. Everything stays on the loopback interface.
 """
 
@@ -57,7 +58,7 @@ class Client:
 
     def run(self, deadline: float) -> None:
         while time.monotonic() < deadline and len(self.problems) < 20:
-            name = self._chance.choices(*ACTIONS)[0]
+            (name,) = self._chance.choices(list(ACTIONS), list(ACTIONS.values()))
             try:
                 getattr(self, name)()
             except Exception as exc:
@@ -66,14 +67,37 @@ class Client:
 
     def ask(self) -> None:
         """Any of the questions with a known answer, streamed or not."""
+        self._compare(self._chance.choice(list(self._expected)))
+
+    def stop(self) -> None:
+        """A question whose answer ends before a text that occurs in it."""
         case = self._chance.choice(list(self._expected))
+        answer = self._expected[case]
+        start = self._chance.randrange(len(answer) + 1)
+        sequence = answer[start : start + self._chance.randint(1, 6)]
+        if sequence:
+            expected = answer.partition(sequence)[0]
+            self._compare(case, expected, stop_sequences=[sequence])
+
+    def offer(self) -> None:
+        """A question with a tool, of which the demo's template says nothing."""
+        case = self._chance.choice([c for c in self._expected if c[0] in TOOLS])
+        self._compare(case, tools=[TOOLS[case[0]]])
+
+    def multiply(self) -> None:
+        """A question that is to be answered several times, with log probabilities."""
+        case = self._chance.choice([c for c in self._expected if c[0] in HAVE_CHOICES])
+        num_choices = self._chance.randint(2, 4)
+        options = {"logprobs": True, "top_logprobs": 2, "n": num_choices}
+        self._compare(case, self._expected[case] * num_choices, **options)
+
+    def _compare(self, case: Case, expected: str | None = None, **options: Any) -> None:
+        expected = self._expected[case] if expected is None else expected
+        options["num_draft_tokens"] = self._chance.choice(NUM_DRAFT_TOKENS)
         stream = self._chance.random() < 0.5
-        num_draft_tokens = self._chance.choice(NUM_DRAFT_TOKENS)
-        found = ask(
-            self._served, case, stream=stream, num_draft_tokens=num_draft_tokens
-        )
-        if found != self._expected[case]:
-            self.problems.append(f"{case}: {found!r} is not {self._expected[case]!r}")
+        found = ask(self._served, case, stream=stream, **options)
+        if found != expected:
+            self.problems.append(f"{case} {options}: {found!r} is not {expected!r}")
 
     def leave(self) -> None:
         """Close the connection in the middle of a reply, or before there is one."""
@@ -117,33 +141,69 @@ class Client:
     def fail(self) -> None:
         """A request that cannot be served."""
         wrong: dict[str, Any] = self._chance.choice(
-            [{"temperature": -1}, {"max_tokens": "x"}, {"messages": []}, {"top_k": -5}]
+            [{"temperature": -1}, {"stream": "x"}, {"tools": {}}, {"top_k": -5}]
         )
-        body = body_for(("chat", "Hello", 5))
-        body.update(wrong)
-        self._expect(self._served.ask("POST", PATHS["chat"], body), 400)
+        api = self._chance.choice(list(PATHS))
+        body = body_for((api, "Hello", 5)) | wrong
+        if api == "completions" and "tools" in wrong:
+            body["prompt"] = 5
+        self._expect(self._served.ask("POST", PATHS[api], body), 400)
+
+    def babble(self) -> None:
+        """A body that is no JSON, or not all of it."""
+        api = self._chance.choice(list(PATHS))
+        data = json.dumps(body_for((api, "Hello", 5))).encode()
+        end = self._chance.randrange(1, len(data))
+        connection = self._served.connect()
+        try:
+            connection.request("POST", PATHS[api], data[:end])
+            reply = connection.getresponse()
+            self._expect((reply.status, reply.read()), 400)
+        finally:
+            connection.close()
 
     def _expect(self, reply: tuple[int, Any], status: int) -> None:
         if reply[0] != status:
             self.problems.append(f"{reply} is not {status}")
 
 
-ACTIONS = (
-    ("ask", "leave", "rest", "count", "sample", "converse", "fail"),
-    (60, 10, 10, 8, 10, 4, 8),
-)
+ACTIONS = {
+    "ask": 40,
+    "stop": 15,
+    "offer": 10,
+    "multiply": 10,
+    "leave": 12,
+    "rest": 10,
+    "count": 8,
+    "sample": 10,
+    "converse": 4,
+    "fail": 8,
+    "babble": 6,
+}
 
 PATHS = {
+    "completions": "/v1/completions",
     "messages": "/v1/messages",
     "responses": "/v1/responses",
     "chat": "/v1/chat/completions",
 }
 
 
+PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
+TOOLS = {
+    "messages": {"name": "f", "input_schema": PARAMETERS},
+    "responses": {"type": "function", "name": "f", "parameters": PARAMETERS},
+    "chat": {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}},
+}
+HAVE_CHOICES = ("completions", "chat")
+
+
 def body_for(case: Case) -> dict[str, Any]:
     api, prompt, num_tokens = case
     if api == "responses":
         return {"model": "gpt-x", "input": prompt, "max_output_tokens": num_tokens}
+    if api == "completions":
+        return {"model": "gpt-x", "prompt": prompt, "max_tokens": num_tokens}
     messages = [{"role": "user", "content": prompt}]
     return {"model": "claude-x", "messages": messages, "max_tokens": num_tokens}
 
@@ -170,15 +230,20 @@ def events(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 def delta(event: dict[str, Any]) -> str:
     if "choices" in event:
-        return event["choices"][0]["delta"].get("content") or ""
+        return "".join(map(piece, event["choices"]))
     if event["type"] == "content_block_delta":
         return event["delta"]["text"]
     return event["delta"] if event["type"] == "response.output_text.delta" else ""
 
 
+def piece(choice: dict[str, Any]) -> str:
+    message = choice.get("delta") or choice.get("message") or choice
+    return message.get("content") or message.get("text") or ""
+
+
 def whole(api: str, reply: dict[str, Any]) -> str:
-    if api == "chat":
-        return reply["choices"][0]["message"]["content"] or ""
+    if api in HAVE_CHOICES:
+        return "".join(map(piece, reply["choices"]))
     if api == "messages":
         return "".join(block["text"] for block in reply["content"])
     return "".join(item["content"][0]["text"] for item in reply["output"])

@@ -102,6 +102,7 @@ class GuidedDrafter:
 
     name = "guided"
     reads_hidden_states = True
+    computes_drafts = True
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class ScriptedDrafter:
 
     name = "scripted"
     reads_hidden_states = False
+    computes_drafts = True
 
     def __init__(
         self, script: list[int], vocab_size: int, is_right: Callable[[int], bool]

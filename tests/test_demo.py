@@ -12,8 +12,10 @@ import pytest
 from click import unstyle
 
 from mlx_optiq_ext.cli.demo import GEMMA, MODEL, PROMPT
+from tests import processes
 
-COMMAND = (sys.executable, "-c", "from mlx_optiq_ext.cli import main; main()", "demo")
+START = "from mlx_optiq_ext.cli import main; main()"
+COMMAND = (sys.executable, "-c", START, "demo")
 REPORT = (
     "Plain",
     "Speculative",
@@ -26,11 +28,9 @@ GREEN = "\x1b[32m"
 
 
 def run(*arguments: str) -> str:
-    result = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, cwd="/", check=True
-    )
-    assert result.stderr == ""
-    return result.stdout
+    result = processes.run(START, "mlx-optiq-ext", "demo", *arguments)
+    assert (result.code, result.error) == (0, "")
+    return result.output
 
 
 def run_in_terminal(*arguments: str, **environment: str) -> str:

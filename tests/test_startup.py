@@ -6,11 +6,14 @@ The tests need an installation of this project, `pip install -e ".[cpu,test]"`.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import DEMO
 
 ROOT = Path(__file__).parents[1]
 COMMAND_LINES = ("generate", "chat", "server", "benchmark", "cache_prompt")
@@ -240,6 +243,80 @@ def test_the_other_ways_to_start_a_command_run_its_patched_main(command, with_se
     )
     assert result.returncode == 0
     assert result.stdout.count("patched mlx_lm.chat main\n") == 1
+
+
+# Python stays here while it imports mlx-lm, which imports the module of that name.
+SLOW_IMPORT = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "transformers":
+            print("importing", flush=True)
+            time.sleep(600)
+
+sys.meta_path.insert(0, Slow())
+"""
+PROGRAMS = Path(sys.executable).parent
+SERVER_COMMANDS = [
+    [PROGRAMS / "mlx_lm.server"],
+    [PROGRAMS / "mlx_lm", "server"],
+    [sys.executable, "-m", "mlx_lm.server"],
+    [sys.executable, "-m", "mlx_lm", "server"],
+]
+
+
+def interrupt_while_importing(
+    command: list[str | Path], folder: Path, **variables: str
+) -> tuple[int, str]:
+    """Exit code and standard error of a command that gets Ctrl-C amid its imports."""
+    (folder / "sitecustomize.py").write_text(SLOW_IMPORT)
+    process = subprocess.Popen(
+        command,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(folder), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # The tests may run where the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() != "importing\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("command", SERVER_COMMANDS)
+def test_an_interrupt_while_the_server_is_imported_is_one_line(command, tmp_path):
+    command = [*command, "--model", "x", "--mtp"]
+    assert interrupt_while_importing(command, tmp_path) == (130, "Stopped.\n")
+
+
+def test_an_interrupt_while_a_command_of_ours_imports_mlx_lm_is_one_line(tmp_path):
+    command = [PROGRAMS / "mlx-optiq-ext", "doctor", DEMO]
+    assert interrupt_while_importing(command, tmp_path) == (130, "Stopped.\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "variables"),
+    [("mlx_lm.generate", {}), ("mlx_lm.server", {"MLX_OPTIQ_EXT": "0"})],
+)
+def test_an_interrupt_of_other_imports_is_left_to_python(program, variables, tmp_path):
+    command = [PROGRAMS / program, "--help"]
+    code, error = interrupt_while_importing(command, tmp_path, **variables)
+    assert code == -signal.SIGINT
+    assert error.endswith("KeyboardInterrupt\n")
+
+
+def test_an_mlx_lm_that_is_left_alone_gets_its_interrupts_back(tmp_path):
+    (tmp_path / "wrapt.py").write_text("raise OSError('broken')\n")
+    command = [PROGRAMS / "mlx_lm.server", "--help"]
+    code, error = interrupt_while_importing(command, tmp_path)
+    assert code == -signal.SIGINT
+    assert error.endswith("KeyboardInterrupt\n")
 
 
 def test_other_modules_run_with_m_are_not_redirected(with_seams):

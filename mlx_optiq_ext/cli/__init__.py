@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+from typing import Any
+
 import click
 
 from .. import __version__
+from .._interrupts import stop
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
@@ -13,7 +17,16 @@ from .lab import lab
 from .status import status
 
 
-@click.group()
+class Program(click.Group):
+    """A group of commands that Ctrl-C ends with one line."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Commands import mlx-lm, which takes seconds and shows tracebacks.
+        signal.signal(signal.SIGINT, stop)
+        return self.main(*args, **kwargs)
+
+
+@click.group(cls=Program)
 @click.version_option(__version__, prog_name="mlx-optiq-ext")
 def main() -> None:
     """Speculative decoding for mlx-lm."""

@@ -19,7 +19,13 @@ MISSING = "The Lab needs {}: pip install 'mlx-optiq-ext[lab]'"
     metavar="FOLDER",
     help="A folder with models, besides the Hub's cache; may be given several times.",
 )
-@click.option("--port", default=7860, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    help="0 takes a free one.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--no-browser", is_flag=True, help="Open no browser.")
 def lab(

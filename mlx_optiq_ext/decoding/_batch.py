@@ -14,6 +14,7 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, GenerationBatch
 from ..drafters import Drafter
 from ._depth import AutoDepth, round_times
 from ._loop import Loop, Start, Turn
+from ._plan import make_planner
 from ._target import CacheOptions
 
 # For what must not wait until the device is through with the next pass.
@@ -43,9 +44,9 @@ class SpeculativeBatch:
     """
 
     def __init__(self, model: nn.Module, drafter: Drafter):
-        self._drafter = drafter
         depth = AutoDepth(round_times(model, drafter))
-        self._loop = Loop(model, drafter, depth, CACHE_OPTIONS)
+        planner = make_planner(depth, model, drafter)
+        self._loop = Loop(model, drafter, planner, CACHE_OPTIONS)
         self._errors: list[Exception] = []
 
     def __len__(self) -> int:
@@ -79,7 +80,9 @@ class SpeculativeBatch:
         sequence = self._loop.sequences[idx]
         for start in self._loop.starting:
             if start.sequence is sequence:
-                return copy.deepcopy(start.cache)
+                entries = copy.deepcopy(start.cache)
+                sequence.copy_index(entries, sequence.num_cached)
+                return entries
         return self._loop.copy_cache(sequence)
 
     def next(self) -> list[GenerationBatch.Response]:
@@ -102,7 +105,7 @@ class SpeculativeBatch:
         for emission in turn.emissions:
             sequence = emission.sequence
             for position, token in enumerate(emission.tokens):
-                emission.count(position, self._drafter.name)
+                emission.count(position)
                 is_last = position == len(emission.tokens) - 1
                 reason = sequence.finish_reason if is_last else None
                 prompt_cache = None

@@ -107,6 +107,7 @@ class _Kept:
         for before, transaction in reversed(self.passes):
             transaction.keep(max(num_tokens - before, 0))
             if num_tokens >= before:
+                transaction.settle()
                 break
         self.target.quantize()
         return self.target.entries

@@ -54,6 +54,14 @@ class Depth(Protocol):
         """Go on with another number of sequences, whose rounds take other times."""
         ...
 
+    def num_tokens(self, depth: int) -> float:
+        """Estimate the number of tokens that a round of a depth commits."""
+        ...
+
+    def seconds(self, depth: int) -> float:
+        """Estimate the seconds of a round of a depth; infinite if they are unknown."""
+        ...
+
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
@@ -75,6 +83,7 @@ class FixedDepth:
 
     def __init__(self, depth: int):
         self._depth = depth
+        self._rates = AcceptanceRates()
 
     def choose(self) -> int:
         return self._depth
@@ -82,10 +91,17 @@ class FixedDepth:
     def meet(self, times: RoundTimes) -> None:
         pass
 
+    def num_tokens(self, depth: int) -> float:
+        return self._rates.num_tokens(depth)
+
+    def seconds(self, depth: int) -> float:
+        return math.inf
+
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool
     ) -> None:
-        pass
+        for num_accepted in accepted:
+            self._rates.add(depth, num_accepted)
 
 
 class RoundTimes:
@@ -122,7 +138,7 @@ class RoundTimes:
         if last is None or seconds is None:
             return
         times, age = self._times[depth], self._num_rounds - last
-        believed = _quartile(times) if times else seconds
+        believed = quartile(times) if times else seconds
         if not 1 / SURPRISE < seconds / believed < SURPRISE:
             self._patience[depth] = MAX_AGE
         elif age > MAX_AGE:
@@ -145,7 +161,7 @@ class RoundTimes:
         The last of them is extrapolated. The list is empty if depth 0 is not known.
         """
         known = list(itertools.takewhile(lambda x: len(x) >= MIN_TIMES, self._times))
-        quartiles = [(_quartile(times), len(times)) for times in known]
+        quartiles = [(quartile(times), len(times)) for times in known]
         smooth = _ascending(_plausible(quartiles))
         if known and len(known) <= MAX_DRAFT_TOKENS:
             mean_step = (smooth[-1] - smooth[0]) / max(len(smooth) - 1, 1)
@@ -153,7 +169,7 @@ class RoundTimes:
         return smooth
 
 
-def _quartile(times: Collection[float]) -> float:
+def quartile(times: Collection[float]) -> float:
     return sorted(times)[len(times) // 4]
 
 
@@ -248,6 +264,13 @@ class AutoDepth:
         if times is not self._times:
             self._times = times
             self._probes = []
+
+    def num_tokens(self, depth: int) -> float:
+        return self._rates.num_tokens(depth)
+
+    def seconds(self, depth: int) -> float:
+        known = self._times.seconds()
+        return known[depth] if depth < len(known) else math.inf
 
     def observe(
         self, depth: int, accepted: Sequence[int], seconds: float, is_typical: bool

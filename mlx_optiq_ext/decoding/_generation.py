@@ -30,14 +30,12 @@ class Generation:
     Args:
         prompt (Prompt): The sequence with its cache.
         loop (Loop): Decodes it.
-        source (str): What proposes draft tokens.
     """
 
-    def __init__(self, prompt: Prompt, loop: Loop, source: str):
+    def __init__(self, prompt: Prompt, loop: Loop):
         self._prompt = prompt
         self._sequence: Sequence = prompt.sequence
         self._loop = loop
-        self._source = source
         self._num_taken = 0
         self._has_started = self._is_settled = False
         _take_over(self, prompt.cache)
@@ -95,7 +93,7 @@ class Generation:
         while self._sequence.finish_reason is None:
             (emission,) = self._loop.turn().emissions
             for position, token in enumerate(emission.tokens):
-                emission.count(position, self._source)
+                emission.count(position)
                 self._num_taken += 1
                 is_draft = position < emission.num_accepted
                 yield token, emission.logprobs[position], is_draft

@@ -39,6 +39,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
             8, or ``"auto"``: the number, 0 included, with which the most tokens of all
             sequences are measured to be generated in a second. Default: ``"auto"``.
         draft_vocab (int or path, optional): As for ``spec_generate_step``.
+        prompt_lookup (bool): As for ``spec_generate_step``.
 
         The other arguments are those of ``BatchGenerator``.
 
@@ -54,6 +55,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         drafter: Drafter | nn.Module | None = None,
         num_draft_tokens: NumDraftTokens = "auto",
         draft_vocab: DraftVocab | None = None,
+        prompt_lookup: bool = False,
         max_tokens: int = 128,
         stop_tokens: list[list[int]] | None = None,
         sampler: Sampler | None = None,
@@ -77,15 +79,19 @@ class SpeculativeBatchGenerator(BatchGenerator):
             max_kv_size=max_kv_size,
             stream=stream,
         )
-        found = limit_drafts(as_drafter(drafter, model), draft_vocab)
-        self.speculate_with(found, num_draft_tokens)
+        found = limit_drafts(as_drafter(drafter, model, prompt_lookup), draft_vocab)
+        self.speculate_with(found, num_draft_tokens, prompt_lookup)
 
     def speculate_with(
-        self, drafter: Drafter, num_draft_tokens: NumDraftTokens = "auto"
+        self,
+        drafter: Drafter,
+        num_draft_tokens: NumDraftTokens = "auto",
+        prompt_lookup: bool = False,
     ) -> None:
         """Begin to speculate, before anything was inserted."""
         self._drafter = drafter
         self._num_draft_tokens = num_draft_tokens
+        self._prompt_lookup = prompt_lookup or not drafter.computes_drafts
         self._options: dict[int, SequenceOptions] = {}
         self._prompt_batch = PromptBatch()
         self._generation_batch = SpeculativeBatch(self.model, drafter)
@@ -99,7 +105,10 @@ class SpeculativeBatchGenerator(BatchGenerator):
         return self._options_of(uid).stats
 
     def _options_of(self, uid: int) -> SequenceOptions:
-        return self._options.setdefault(uid, SequenceOptions(self._num_draft_tokens))
+        default = SequenceOptions(
+            self._num_draft_tokens, prompt_lookup=self._prompt_lookup
+        )
+        return self._options.setdefault(uid, default)
 
     def _make_batch(self, n: int) -> PromptBatch:
         return PromptBatch([self._make_prompt() for _ in range(n)])

@@ -32,8 +32,9 @@ from ..drafters import (
     together,
 )
 from ._caches import Caches, JointCaches, SeparateCaches
-from ._depth import Depth, round_times
+from ._depth import round_times
 from ._pass import BatchProposals, Pass
+from ._plan import WIDTHS, Plan, Planner, copy_times
 from ._sequence import Sequence
 from ._target import CacheOptions
 from ._timer import RoundTimer
@@ -81,16 +82,20 @@ class Loop:
     Args:
         model (nn.Module): The target.
         drafter (Drafter): What proposes tokens.
-        depth (Depth): Decides how many tokens to draft.
+        planner (Planner): Decides how many tokens to draft, and by what.
         options (CacheOptions): How to quantise the cache of a sequence that is alone.
     """
 
     def __init__(
-        self, model: nn.Module, drafter: Drafter, depth: Depth, options: CacheOptions
+        self,
+        model: nn.Module,
+        drafter: Drafter,
+        planner: Planner,
+        options: CacheOptions,
     ):
         self._model = model
         self._drafter = drafter
-        self._depth = depth
+        self._planner = planner
         self._options = options
         self._timer = RoundTimer()
         self._must_be_separate = False
@@ -105,7 +110,7 @@ class Loop:
         self._ahead: Pass | None = None
         self._latest: Turn | None = None
         self._num_draft_tokens_wanted = 0
-        self._catches_up = self._has_changed = False
+        self._catches_up = self._keeps_up = self._has_changed = False
         self._caches: Caches = self._separate_caches()
         self._session: BatchDraftSession = SeparateSessions()
 
@@ -132,7 +137,8 @@ class Loop:
         """One turn: what the pass under way emits, and the next one under way.
 
         While nothing is drafted, each sequence emits one token, and the next pass is
-        started before it is known which.
+        started before it is known which. Whether there is something to copy is then
+        known of the tokens before that.
         """
         self._timer.resume()
         self._latest = turn = Turn(self._ahead, self.starting)
@@ -145,11 +151,9 @@ class Loop:
         committed = self._accept(turn)
         self._roll_back(committed)
         committed = self._admit(turn, committed)
-        num_draft_tokens = self._choose(committed)
-        if any(num_draft_tokens):
-            self._collect(turn)
-        proposals = self._draft(committed, num_draft_tokens)
-        self._verify(turn, committed, proposals, num_draft_tokens)
+        plan = self._choose(turn, committed)
+        proposals = self._draft(committed, plan)
+        self._verify(turn, committed, proposals)
         self._collect(turn)
         self._timer.pause()
         return turn
@@ -166,18 +170,22 @@ class Loop:
         for start in [*self.starting, *starting]:
             if start.sequence is sequence and sequence not in self._riding:
                 start.session.close(num_tokens, start.states)
+                sequence.leave_index(start.cache, num_tokens)
                 return start.cache
         index = self._riding.index(sequence)
         cache = self._caches.extract(index, num_tokens)
         session = self._session.release(index)
         session.close(num_tokens, self._state_of(sequence, num_tokens))
         self.remove([sequence])
+        sequence.leave_index(cache, num_tokens)
         return [*cache, *session.entries]
 
     def copy_cache(self, sequence: Sequence) -> list[Any]:
         """Entries of a sequence that stays, which hold all tokens that it emitted."""
         index = self._riding.index(sequence)
-        return self._caches.copy(index, sequence.num_cached + 1)
+        cache = self._caches.copy(index, sequence.num_cached + 1)
+        sequence.copy_index(cache, sequence.num_cached + 1)
+        return cache
 
     def _collect(self, turn: Turn) -> None:
         """Wait for the tokens of a turn, unless that has been done, and count them."""
@@ -185,17 +193,19 @@ class Loop:
             return
         turn.collect(self.sequences)
         seconds, is_undisturbed = self._timer.lap()
-        for sequence, num_drafted in turn.num_drafted:
-            sequence.options.stats.add_round(num_drafted)
+        for emission in turn.emissions:
+            stats = emission.sequence.options.stats
+            stats.add_round(emission.num_drafted, emission.source)
         current = turn.current
         if seconds is None or current is None:
             return
-        depths = {number for _, number in turn.num_drafted if number >= 0}
-        is_typical = len(depths) == 1 and (
-            depths != {0} or (current.is_early and self._ahead is not None)
+        depths = {emission.num_drafted for emission in turn.emissions}
+        is_typical = any(current.plan.num_copied) or (
+            len(depths) == 1
+            and (depths != {0} or (current.is_early and self._ahead is not None))
         )
-        self._depth.observe(
-            max(current.num_drafted),
+        self._planner.observe(
+            current.plan,
             current.num_accepted,
             seconds,
             is_typical and is_undisturbed and not current.does_more,
@@ -220,49 +230,56 @@ class Loop:
             sequence.num_cached_before = sequence.num_cached
             sequence.num_cached += number
 
-    def _choose(self, committed: Committed) -> list[int]:
-        """How many tokens to draft for each sequence.
+    def _choose(self, turn: Turn, committed: Committed) -> Plan:
+        """How many tokens to draft for each sequence, and by what.
 
         A drafter that put tokens off first catches up, in a pass without drafts. So no
         number of draft tokens is ever billed for that.
         """
-        self._catches_up = False
+        self._catches_up = self._keeps_up = False
         nothing = [0] * len(self._riding)
         if committed.states is None and self._drafter.reads_hidden_states:
-            return nothing
-        wanted = self._num_draft_tokens_wanted or self._depth.choose()
-        chosen = [
-            int(sequence.num_to_draft(wanted, self._caches.max_rows(index)))
-            for index, sequence in enumerate(self._riding)
-        ]
-        self._catches_up = self._session.is_behind(
-            [index for index, number in enumerate(chosen) if number]
-        )
+            return Plan(nothing, nothing)
+        wanted = self._num_draft_tokens_wanted or self._planner.choose()
+        plan = self._plan(wanted)
+        if not turn.is_collected and any([*plan.num_drafted, *plan.num_copied]):
+            self._collect(turn)
+            plan = self._plan(wanted)
+        drafting = [index for index, number in enumerate(plan.num_drafted) if number]
+        self._catches_up = self._session.is_behind(drafting)
         self._num_draft_tokens_wanted = wanted if self._catches_up else 0
-        return nothing if self._catches_up else chosen
-
-    def _draft(
-        self, committed: Committed, num_draft_tokens: list[int]
-    ) -> BatchProposals:
-        """Show the drafter what was emitted, and let it propose what may follow."""
-        proposals = BatchProposals(self._riding, self._vocab_size)
-        self._session.draft(committed, num_draft_tokens, proposals)
         if self._catches_up:
+            return Plan(nothing, nothing)
+        everyone = range(len(self._riding))
+        self._keeps_up = any(plan.num_copied) and not self._session.is_behind(everyone)
+        return plan
+
+    def _plan(self, wanted: int) -> Plan:
+        def limit(wanted: int) -> list[int]:
+            return [
+                int(sequence.num_to_draft(wanted, self._caches.max_rows(index)))
+                for index, sequence in enumerate(self._riding)
+            ]
+
+        chances = [sequence.chances(WIDTHS[-1]) for sequence in self._riding]
+        return self._planner.plan(wanted, limit, chances)
+
+    def _draft(self, committed: Committed, plan: Plan) -> BatchProposals:
+        """Show the drafter what was emitted, and let it propose what may follow."""
+        proposals = BatchProposals(self._riding, self._vocab_size, self._drafter.name)
+        self._session.draft(committed, plan.num_drafted, proposals)
+        proposals.settle(plan)
+        if self._catches_up or self._keeps_up:
             self._session.catch_up()
         return proposals
 
     def _verify(
-        self,
-        turn: Turn,
-        committed: Committed,
-        proposals: BatchProposals,
-        num_draft_tokens: list[int],
+        self, turn: Turn, committed: Committed, proposals: BatchProposals
     ) -> None:
         """Start the pass over the last token of each sequence and its draft tokens."""
-        tokens = committed.last
+        tokens, num_draft_tokens = committed.last, proposals.num_drafts
         if any(num_draft_tokens):
-            drafts = proposals.matrix(num_draft_tokens)
-            tokens = mx.concatenate([tokens, drafts], axis=1)
+            tokens = mx.concatenate([tokens, proposals.matrix()], axis=1)
         # What is drafted can be computed while the pass is built.
         mx.async_eval(tokens)
         output = self._caches.run(tokens, [1 + number for number in num_draft_tokens])
@@ -291,7 +308,10 @@ class Loop:
         self._use_caches_for(len(live))
         for start in starting:
             self._join(start)
-        self._depth.meet(round_times(self._model, self._drafter, len(live)))
+        self._planner.meet(
+            round_times(self._model, self._drafter, len(live)),
+            copy_times(self._model, self._drafter, len(live)),
+        )
         return committed.filtered(live)
 
     def _join(self, start: Start) -> None:
@@ -361,7 +381,9 @@ class Emission:
         sequence (Sequence): The sequence.
         tokens (list[int]): What it emits.
         logprobs (list[mx.array]): What each was drawn from, ``[vocab]``.
-        num_accepted (int): How many of the tokens were drafted.
+        num_drafted (int): How many tokens were drafted.
+        num_accepted (int): How many of these it emits.
+        source (str, optional): What drafted them.
         error (Exception, optional): What a sampler or a logits processor raised
             instead of going on.
     """
@@ -369,13 +391,15 @@ class Emission:
     sequence: Sequence
     tokens: list[int]
     logprobs: list[mx.array]
+    num_drafted: int = 0
     num_accepted: int = 0
+    source: str | None = None
     error: Exception | None = None
 
-    def count(self, position: int, source: str) -> None:
+    def count(self, position: int) -> None:
         """Count one of the tokens, before whoever asked for it can see it."""
         stats = self.sequence.options.stats
-        stats.add_token(position if position < self.num_accepted else None, source)
+        stats.add_token(position if position < self.num_accepted else None, self.source)
 
 
 class Turn:
@@ -404,15 +428,6 @@ class Turn:
         errors = any(start.error for start in self.starting)
         return not errors and (self.current is None or self.current.is_certain)
 
-    @property
-    def num_drafted(self) -> list[tuple[Sequence, int]]:
-        """How many tokens were drafted for each sequence that is in the turn."""
-        numbers = [] if self.current is None else self.current.num_drafted
-        numbers = [*numbers, *[0] * len(self.starting)]
-        drafted = dict(zip(map(id, self.sequences), numbers, strict=True))
-        emitting = [emission.sequence for emission in self.emissions]
-        return [(sequence, drafted[id(sequence)]) for sequence in emitting]
-
     def collect(self, live: list[Sequence]) -> None:
         """Wait for the tokens; those of sequences that ended before are left out."""
         found: list[Emission] = []
@@ -423,7 +438,9 @@ class Turn:
                     sequence,
                     current.emitted[index],
                     current.logprobs[index],
+                    current.num_drafted[index],
                     current.num_accepted[index],
+                    current.sources[index],
                     current.errors.get(index),
                 )
                 for index, sequence in enumerate(current.sequences)
@@ -431,7 +448,7 @@ class Turn:
         for start in self.starting:
             tokens = [] if start.error else [int(start.token.item())]
             found.append(
-                Emission(start.sequence, tokens, start.all_logprobs, 0, start.error)
+                Emission(start.sequence, tokens, start.all_logprobs, error=start.error)
             )
         self.emissions = [each for each in found if each.sequence in live]
         for emission in self.emissions:

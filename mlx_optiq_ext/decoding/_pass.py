@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Numbers
 
 import mlx.core as mx
 
-from ..drafters import Committed
+from ..drafters import COPIES, Committed
 from ._acceptance import normalized
+from ._plan import Plan
 from ._rows import Proposal, Row, num_accepted_of
 from ._sequence import Sequence
 from ._target import Output
@@ -20,14 +20,17 @@ class BatchProposals:
     Args:
         sequences (Sequence[Sequence]): Whose rules the drafts follow.
         vocab_size (int): That of the target.
+        source (str): The name of what computes drafts.
     """
 
-    def __init__(self, sequences: Iterable[Sequence], vocab_size: int):
+    def __init__(self, sequences: Iterable[Sequence], vocab_size: int, source: str):
+        self._sequences = list(sequences)
         self.each: list[Proposal] = [
             Proposal(each.verifier, each.history, each.num_accepted, vocab_size)
-            for each in sequences
+            for each in self._sequences
         ]
         self._vocab_size = vocab_size
+        self._source = source
         self._are_plain = all(each.verifier.is_plain for each in sequences)
         self._latest: mx.array | None = None
 
@@ -48,14 +51,30 @@ class BatchProposals:
             proposal.add(logits[index : index + 1])
         self._latest = mx.stack([proposal.tokens[-1] for proposal in self.each])
 
-    def matrix(self, num_draft_tokens: Numbers[int]) -> mx.array:
-        """Draft tokens ``[num_sequences, max(num_draft_tokens)]``; padded with 0."""
-        width, blank = max(num_draft_tokens), mx.zeros(1, mx.uint32)
+    @property
+    def num_drafts(self) -> list[int]:
+        """How many draft tokens each sequence has."""
+        return [len(proposal.drafts) for proposal in self.each]
+
+    def settle(self, plan: Plan) -> None:
+        """Drop what is not wanted of the drafts, and take copies where these are."""
+        for sequence, proposal, number, num_copied in zip(
+            self._sequences, self.each, *plan, strict=True
+        ):
+            proposal.drop(number)
+            proposal.source = self._source
+            if num_copied:
+                proposal.source = COPIES
+                for token in sequence.copy(num_copied):
+                    proposal.append(mx.array([token], mx.uint32))
+
+    def matrix(self) -> mx.array:
+        """Draft tokens ``[num_sequences, max(num_drafts)]``; padded with 0."""
+        width, blank = max(self.num_drafts), mx.zeros(1, mx.uint32)
         rows = []
-        for proposal, number in zip(self.each, num_draft_tokens, strict=True):
-            del proposal.drafts[number:]
+        for proposal in self.each:
             tokens = [token.astype(mx.uint32) for token in proposal.tokens]
-            rows.append(mx.concatenate([*tokens, *[blank] * (width - number)]))
+            rows.append(mx.concatenate([*tokens, *[blank] * (width - len(tokens))]))
         return mx.stack(rows)
 
 
@@ -84,7 +103,8 @@ class Pass:
         does_more: bool,
     ):
         self.sequences = sequences
-        self.num_drafted = [len(proposal.drafts) for proposal in proposals.each]
+        self.num_drafted = proposals.num_drafts
+        self.sources = [proposal.source for proposal in proposals.each]
         self.is_early = is_early
         self.does_more = does_more
         self.is_collected = False
@@ -95,6 +115,13 @@ class Pass:
         self.logprobs: list[list[mx.array]] = [[] for _ in sequences]
         self._proposals = proposals.each
         self._packed: list[tuple[int, mx.array]] = []
+
+    @property
+    def plan(self) -> Plan:
+        """How many tokens were verified, by their source."""
+        is_copied = [source == COPIES for source in self.sources]
+        pairs = list(zip(self.num_drafted, is_copied, strict=True))
+        return Plan([n * (not c) for n, c in pairs], [n * c for n, c in pairs])
 
     @property
     def is_certain(self) -> bool:

@@ -48,6 +48,7 @@ class Prompt:
             sequence.tokens,
         )
         self.num_tokens = self._target.num_tokens
+        sequence.open_lookup(self.cache, self.num_tokens)
 
     @property
     def cache(self) -> list[Any]:
@@ -92,6 +93,7 @@ class Prompt:
         return start
 
     def _forward(self, tokens: mx.array, embeddings: mx.array | None) -> Output:
+        self.sequence.read(tokens)
         output = self._target.forward(tokens, embeddings)
         self.sequence.remember(tokens)
         self.num_tokens += output.first.shape[1]
@@ -101,11 +103,14 @@ class Prompt:
         """Leave the cache as it is, in the middle of the prompt."""
         self._target.quantize()
         self._session.close(self.num_tokens, None)
+        self.sequence.leave_index(self.cache, self.num_tokens)
 
     def snapshot(self) -> list[Any]:
         """A copy of the cache, which holds what was processed."""
         self._session.close(self.num_tokens, None)
-        return copy.deepcopy(self.cache)
+        entries = copy.deepcopy(self.cache)
+        self.sequence.copy_index(entries, self.num_tokens)
+        return entries
 
 
 class PromptBatch:

@@ -89,6 +89,7 @@ class Proposal:
         self.vocab_size = vocab_size
         self.index = index
         self.drafts: list[DraftToken] = []
+        self.source: str | None = None
         self.histories = [history]
 
     @property
@@ -105,6 +106,11 @@ class Proposal:
     def append(self, token: mx.array) -> None:
         """Take a token, shape ``[1]``, that was drawn already."""
         self._append(DraftToken(token))
+
+    def drop(self, num_kept: int) -> None:
+        """Forget all drafts but the first."""
+        del self.drafts[num_kept:]
+        del self.histories[num_kept + 1 :]
 
     def _append(self, draft: DraftToken) -> None:
         history = self.histories[-1]

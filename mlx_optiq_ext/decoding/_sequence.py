@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .._options import NumDraftTokens
+from ..drafters import Lookup
 from ._rows import Verifier
 from ._statistics import SpeculationStats
 
@@ -21,6 +23,7 @@ class SequenceOptions:
         num_draft_tokens (int or str): Tokens to draft in a round, 0 for none, or
           ``"auto"``.
         stats (SpeculationStats): Counts what happens.
+        prompt_lookup (bool): Whether what stands in its context is copied as well.
         seed (int, optional): Decides what is sampled, whoever is decoded beside the
           sequence. Default: the global generator decides, when the sequence begins.
     """
@@ -28,6 +31,7 @@ class SequenceOptions:
     num_draft_tokens: NumDraftTokens = "auto"
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     seed: int | None = None
+    prompt_lookup: bool = False
 
 
 class Sequence:
@@ -67,6 +71,7 @@ class Sequence:
         self._max_tokens = math.inf if max_tokens < 0 else max_tokens
         self._num_emitted = 0
         self._history: mx.array | None = None
+        self._lookup: Lookup | None = None
 
     @property
     def is_last(self) -> bool:
@@ -101,6 +106,39 @@ class Sequence:
         history = known if self._history is None else [self._history]
         self._history = mx.concatenate([*history, tokens.astype(mx.uint32)])
 
+    def open_lookup(self, cache: list[Any], num_tokens: int) -> None:
+        """Begin to index the tokens, if they are to be copied.
+
+        Args:
+            cache (list[Any]): Entries, with the index of earlier ones if there is one.
+            num_tokens (int): Tokens that they hold.
+        """
+        if self.options.prompt_lookup:
+            self._lookup = Lookup.of(cache, num_tokens, self.tokens)
+
+    def read(self, tokens: mx.array) -> None:
+        """Index tokens of the prompt, ``[num_tokens]``."""
+        if self._lookup is not None:
+            self._lookup.read(tokens.tolist())
+
+    def chances(self, num_tokens: int) -> list[float]:
+        """How probable each of the tokens that can be copied is to be right."""
+        return [] if self._lookup is None else self._lookup.chances(num_tokens)
+
+    def copy(self, num_tokens: int) -> list[int]:
+        """The next tokens, if the context goes on as it did before."""
+        return [] if self._lookup is None else self._lookup.copy(num_tokens)
+
+    def leave_index(self, cache: list[Any], num_tokens: int) -> None:
+        """Let the index of the first tokens rest with entries that hold them."""
+        if self._lookup is not None:
+            self._lookup.rest_with(cache, num_tokens)
+
+    def copy_index(self, cache: list[Any], num_tokens: int) -> None:
+        """The same for entries of a sequence that goes on."""
+        if self._lookup is not None:
+            copy.deepcopy(self._lookup).rest_with(cache, num_tokens)
+
     def emit(self, tokens: list[int]) -> list[int]:
         """Those of the tokens that are emitted: all, unless one of them is the last."""
         for number, token in enumerate(tokens, 1):
@@ -112,5 +150,8 @@ class Sequence:
             elif self._num_emitted >= self._max_tokens:
                 self.finish_reason = "length"
             if self.finish_reason is not None:
-                return tokens[:number]
+                tokens = tokens[:number]
+                break
+        if self._lookup is not None:
+            self._lookup.follow(tokens)
         return tokens

@@ -12,6 +12,8 @@ PER_POSITION = (
     "num_accepted_per_position",
 )
 
+PER_SOURCE = ("num_drafted_per_source", "num_accepted_per_source")
+
 
 @dataclass
 class SpeculationStats:
@@ -31,6 +33,10 @@ class SpeculationStats:
           position.
         num_accepted_per_position (list[int]): The number of draft tokens emitted, by
           position.
+        num_drafted_per_source (dict[str, int]): The number of draft tokens verified, by
+          what proposed them, such as ``"mtp"`` or ``"prompt_lookup"``.
+        num_accepted_per_source (dict[str, int]): The number of draft tokens emitted, by
+          what proposed them.
         records_sources (bool): Whether ``token_sources`` is kept.
         token_sources (list[str | None]): The name of what proposed each emitted token,
           such as ``"mtp"``, or None for a token of the target's own. An item is added
@@ -43,10 +49,22 @@ class SpeculationStats:
     num_calls_per_depth: list[int] = field(default_factory=list)
     num_drafted_per_position: list[int] = field(default_factory=list)
     num_accepted_per_position: list[int] = field(default_factory=list)
+    num_drafted_per_source: dict[str, int] = field(default_factory=dict)
+    num_accepted_per_source: dict[str, int] = field(default_factory=dict)
     records_sources: bool = False
     token_sources: list[str | None] = field(default_factory=list)
 
-    def add_round(self, num_drafted: int) -> None:
+    def add_round(self, num_drafted: int, source: str | None = None) -> None:
+        """Count a forward pass of the target.
+
+        Args:
+            num_drafted (int): The number of draft tokens that it verified.
+            source (str, optional): The name of what proposed them.
+        """
+        if num_drafted and source is not None:
+            before = self.num_drafted_per_source.get(source, 0)
+            self.num_drafted_per_source[source] = before + num_drafted
+            self.num_accepted_per_source.setdefault(source, 0)
         self.num_target_calls += 1
         self.num_rounds += num_drafted > 0
         self.num_calls_per_depth += [0] * (
@@ -59,19 +77,24 @@ class SpeculationStats:
         for position in range(num_drafted):
             self.num_drafted_per_position[position] += 1
 
-    def add_token(self, accepted_position: int | None, source: str) -> None:
+    def add_token(
+        self, accepted_position: int | None, source: str | None = None
+    ) -> None:
         """Count a token that is about to be emitted.
 
         Args:
             accepted_position (int, optional): The token's position among the draft
               tokens of the round. None if it is the target's own.
-            source (str): The name of what proposes draft tokens.
+            source (str, optional): The name of what proposed the draft tokens.
         """
         self.num_tokens += 1
         if self.records_sources:
             self.token_sources.append(None if accepted_position is None else source)
-        if accepted_position is not None:
-            self.num_accepted_per_position[accepted_position] += 1
+        if accepted_position is None:
+            return
+        self.num_accepted_per_position[accepted_position] += 1
+        if source is not None:
+            self.num_accepted_per_source[source] += 1
 
     @classmethod
     def total(cls, parts: Iterable[SpeculationStats]) -> SpeculationStats:
@@ -86,6 +109,10 @@ class SpeculationStats:
                     getattr(found, name), getattr(part, name), fillvalue=0
                 )
                 setattr(found, name, [one + other for one, other in pairs])
+            for name in PER_SOURCE:
+                counts, numbers = getattr(found, name), getattr(part, name)
+                for source, number in list(numbers.items()):
+                    counts[source] = counts.get(source, 0) + number
         return found
 
     @property
@@ -120,5 +147,13 @@ class SpeculationStats:
             f"{self.num_rounds} rounds, calls by depth {calls}, "
             f"{self.mean_accepted_length:.3f} tokens-per-round, "
             f"{self.num_accepted} of {self.num_drafted} draft tokens accepted "
-            f"({self.acceptance_rate:.1%})"
+            f"({self.acceptance_rate:.1%}){self._sources()}"
         )
+
+    def _sources(self) -> str:
+        """The shares of the sources, where there are several."""
+        drafted, accepted = self.num_drafted_per_source, self.num_accepted_per_source
+        if len(drafted) < 2:
+            return ""
+        parts = (f"{name} {accepted[name]} of {drafted[name]}" for name in drafted)
+        return f": {', '.join(parts)}"

@@ -18,6 +18,7 @@ from ..drafters import Drafter, as_drafter, limit_drafts
 from ._depth import make_depth
 from ._generation import Generation, ProgressCallback, Token
 from ._loop import Loop
+from ._plan import make_planner
 from ._prompts import Prompt
 from ._rows import Verifier
 from ._sequence import Sequence, SequenceOptions
@@ -33,6 +34,7 @@ def spec_generate_step(
     drafter: Drafter | nn.Module | None = None,
     num_draft_tokens: NumDraftTokens = "auto",
     draft_vocab: DraftVocab | None = None,
+    prompt_lookup: bool = False,
     stats: SpeculationStats | None = None,
     seed: int | None = None,
     max_tokens: int = 256,
@@ -61,6 +63,9 @@ def spec_generate_step(
         draft_vocab (int or path, optional): Let an MTP head propose only so many
           tokens, or those whose ids a file has, one a line or as a JSON list. Default:
           any token.
+        prompt_lookup (bool): Draft what followed the last tokens where they occurred
+          before, in the prompt or the output: besides the drafter, or alone if none is
+          given. It needs no model and works for every target.
         stats (SpeculationStats, optional): Counts what happens.
         seed (int, optional): Decides what is sampled, whatever is drafted. Default: the
           global generator decides.
@@ -80,19 +85,23 @@ def spec_generate_step(
     """
     check_num_draft_tokens(num_draft_tokens)
     _check_prompt(prompt, model, input_embeddings)
-    drafter = limit_drafts(as_drafter(drafter, model), draft_vocab)
+    drafter = limit_drafts(as_drafter(drafter, model, prompt_lookup), draft_vocab)
     options = CacheOptions(max_kv_size, kv_bits, kv_group_size, quantized_kv_start)
     sequence_options = SequenceOptions(
-        num_draft_tokens, SpeculationStats() if stats is None else stats, seed
+        num_draft_tokens,
+        SpeculationStats() if stats is None else stats,
+        seed,
+        prompt_lookup or not drafter.computes_drafts,
     )
     with mx.stream(stream):
         is_timed = seed is not None or num_draft_tokens == "auto"
         verifier = Verifier(sampler, logits_processors, is_timed, seed)
         sequence = Sequence(0, [], verifier, max_tokens, sequence_options)
+        depth = make_depth(num_draft_tokens, model, drafter)
+        planner = make_planner(depth, model, drafter)
         generation = Generation(
             Prompt(sequence, model, drafter, prompt_cache, options),
-            Loop(model, drafter, make_depth(num_draft_tokens, model, drafter), options),
-            drafter.name,
+            Loop(model, drafter, planner, options),
         )
         tokens = generation.tokens(
             prompt,

@@ -1,4 +1,4 @@
-"""What proposes tokens: the MTP head, an assistant or an ordinary draft model."""
+"""What proposes tokens: an MTP head, an assistant, a draft model, or the context."""
 
 from ._assistant import GemmaAssistantDrafter
 from ._batched import (
@@ -9,6 +9,7 @@ from ._batched import (
     together,
 )
 from ._draft_model import DraftModelDrafter
+from ._lookup import COPIES, Lookup, PromptLookupDrafter
 from ._mtp import MTPDrafter
 from ._protocol import Drafter, DraftSession, Proposal
 from ._registry import (
@@ -21,6 +22,7 @@ from ._registry import (
 )
 
 __all__ = [
+    "COPIES",
     "REGISTRY",
     "BatchDraftSession",
     "Committed",
@@ -28,7 +30,9 @@ __all__ = [
     "DraftSession",
     "Drafter",
     "GemmaAssistantDrafter",
+    "Lookup",
     "MTPDrafter",
+    "PromptLookupDrafter",
     "Proposal",
     "Proposals",
     "SeparateSessions",

@@ -43,6 +43,7 @@ class GemmaAssistantDrafter:
 
     name = "assistant"
     reads_hidden_states = True
+    computes_drafts = True
 
     def __init__(
         self,

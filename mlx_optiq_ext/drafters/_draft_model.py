@@ -35,6 +35,7 @@ class DraftModelDrafter:
 
     name = "draft_model"
     reads_hidden_states = False
+    computes_drafts = True
 
     def __init__(self, model: nn.Module):
         self._model = model

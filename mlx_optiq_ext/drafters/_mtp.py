@@ -43,6 +43,7 @@ class MTPDrafter:
 
     name = "mtp"
     reads_hidden_states = True
+    computes_drafts = True
 
     def __init__(self, model: MTPMixin, draft_vocab: DraftVocab | None = None):
         self._model = model

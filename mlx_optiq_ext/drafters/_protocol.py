@@ -123,10 +123,13 @@ class Drafter(Protocol):
             with it where a token came from.
         reads_hidden_states (bool): Whether the drafter needs a target with
             ``hidden_states`` and ``project``.
+        computes_drafts (bool): Whether its sessions propose tokens. If not, all drafts
+            are copies of what stands in the context.
     """
 
     name: str
     reads_hidden_states: bool
+    computes_drafts: bool = True
 
     def make_cache(self) -> list[Any]:
         """Empty entries for what the drafter keeps of a sequence, if anything."""

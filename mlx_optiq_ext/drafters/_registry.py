@@ -24,6 +24,7 @@ from ..heads import MODEL_TYPES as HEAD_OWNERS
 from ..mixins import attach_mtp
 from ._assistant import GemmaAssistantDrafter
 from ._draft_model import DraftModelDrafter
+from ._lookup import PromptLookupDrafter
 from ._mtp import MTPDrafter
 from ._protocol import Drafter
 
@@ -76,6 +77,7 @@ REGISTRY: dict[str, Loader] = {
 def as_drafter(
     drafter: Drafter | Unbound | nn.Module | Source | None,
     model: nn.Module,
+    prompt_lookup: bool = False,
     argument: str = "drafter",
 ) -> Drafter:
     """Find the drafter that an argument means, and make it ready for a model.
@@ -83,14 +85,17 @@ def as_drafter(
     Args:
         drafter (Drafter, nn.Module, str or Path, optional): A drafter, an ordinary
           draft model, or the folder or Hub id of one of them. None means the model's
-          own MTP head.
+          own MTP head, or with ``prompt_lookup`` no other source than that.
         model (nn.Module): The target.
+        prompt_lookup (bool): Whether copies of the context are drafted as well.
         argument (str): The name of the first argument in errors.
 
     Raises:
         ValueError: If the argument is none of these.
         SpeculationError: If the drafter cannot be loaded, or not draft for this target.
     """
+    if drafter is None and prompt_lookup:
+        return PromptLookupDrafter()
     if drafter is None:
         attach_mtp(model)
         return MTPDrafter(model)

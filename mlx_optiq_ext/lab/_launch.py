@@ -20,6 +20,7 @@ SAMPLING_FLAGS = {
     "top_k": ("--top-k", 0, 1_000_000),
     "min_p": ("--min-p", 0.0, 1.0),
 }
+PROMPT_LOOKUP = "--prompt-lookup"  # It drafts without a drafter.
 FIRST_FREE_PORT = 1024
 API_KEY = re.compile(r"[!-~]{1,200}")
 ORIGINS = re.compile(r"\*|https?://[\w.:\[\]-]+(,https?://[\w.:\[\]-]+){0,19}")
@@ -142,14 +143,15 @@ def _model(name: Any, models: Mapping[str, LocalModel], what: str) -> LocalModel
 def _speculation(
     settings: Mapping[str, Any], uses_mtp: bool, drafter: LocalModel | None
 ) -> list[str]:
-    if not uses_mtp and drafter is None:
+    has_drafter = uses_mtp or drafter is not None
+    if not has_drafter and not _object(settings, "flags").get(PROMPT_LOOKUP):
         return []
     found = []
     depth = settings.get("num_draft_tokens", "auto")
     if depth != "auto":
         depth = number("num_draft_tokens", depth, 1, MAX_DRAFT_TOKENS)
         found += ["--num-draft-tokens", str(depth)]
-    if (size := settings.get("draft_vocab")) is not None:
+    if has_drafter and (size := settings.get("draft_vocab")) is not None:
         if not uses_mtp and drafter is not None and drafter.kind != HEAD:
             raise ValueError("draft_vocab: only an MTP head takes a part of it")
         found += ["--draft-vocab", str(number("draft_vocab", size, 1, 10_000_000))]

@@ -10,9 +10,9 @@ from typing import Any
 
 from mlx_lm import server
 
-from .. import serving
+from .. import _interrupts, serving
 from ._request import Request, current
-from .server import INTERRUPTED, end_process
+from .server import end_process
 
 
 class Server(ThreadingHTTPServer):
@@ -33,7 +33,7 @@ class CommandServer(Server):
             super().serve_forever(poll_interval)
         except KeyboardInterrupt:
             # mlx-lm would wait for the end of a generation that nobody reads any more.
-            end_process(*INTERRUPTED)
+            end_process(_interrupts.LINE, _interrupts.STATUS)
 
 
 class Handler(server.APIHandler):
@@ -77,7 +77,7 @@ class Generator(server.ResponseGenerator):
 
     Args:
         model_provider (ModelProvider): mlx-lm's.
-        prompt_cache (LRUPromptCache): mlx-lm's.
+        prompt_cache (PromptCache): What is kept of earlier prompts.
     """
 
     def __init__(self, model_provider: Any, prompt_cache: Any):
@@ -119,12 +119,14 @@ def _drafting(model: Any, arguments: Any) -> Request | None:
     served = serving.speculation_of(model)
     if served is None:
         return None
-    options = serving.options_of(arguments)
-    if options.num_draft_tokens == 0:
+    options = serving.options_of(arguments, served)
+    drafts = served.drafter.computes_drafts or options.prompt_lookup
+    if options.num_draft_tokens == 0 or not drafts:
         return None
     return Request(
         draft=served.drafter,
         num_draft_tokens=options.num_draft_tokens,
+        prompt_lookup=options.prompt_lookup,
         stats=options.stats,
         seed=options.seed,
     )
@@ -139,12 +141,9 @@ def serve(host: str, port: int, provider: Any, *, is_command: bool) -> None:
         provider (ModelProvider): mlx-lm's.
         is_command (bool): Whether this is mlx-lm's command, not some other program.
     """
-    cli_args = provider.cli_args
-    # Processes that share a model must keep the same, so theirs is left as it is.
-    if is_command and not provider.is_distributed:
-        prompt_cache: Any = serving.PromptCache.of(cli_args)
-    else:
-        prompt_cache = server.LRUPromptCache(cli_args.prompt_cache_size)
+    prompt_cache = serving.PromptCache.of(
+        provider.cli_args, is_distributed=provider.is_distributed
+    )
     generator = Generator(provider, prompt_cache)
     if generator._rank == 0:
         server_class = CommandServer if is_command else Server

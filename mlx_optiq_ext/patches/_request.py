@@ -24,6 +24,7 @@ class Request:
           round, from 1 to 8, or ``"auto"``.
         draft_vocab (int or str, optional): The number of tokens that the head may
           propose, or a file with their ids.
+        prompt_lookup (bool): Whether what stands in the context is copied as well.
         stats (SpeculationStats, optional): The counts to add to.
         seed (int, optional): The seed of what is sampled.
         batch (BatchSpeculation, optional): How the sequences of the batch generator
@@ -34,13 +35,14 @@ class Request:
     draft: Any = None
     num_draft_tokens: NumDraftTokens | None = None
     draft_vocab: int | str | None = None
+    prompt_lookup: bool = False
     stats: Any = None
     seed: int | None = None
     batch: Any = None
 
     @property
     def is_speculative(self) -> bool:
-        return bool(self.mtp) or self.draft is not None
+        return bool(self.mtp) or self.draft is not None or self.prompt_lookup
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class Request:
             "draft": self.draft,
             "num_draft_tokens": self.num_draft_tokens,
             "draft_vocab": self.draft_vocab,
+            "prompt_lookup": self.prompt_lookup,
         }
 
 
@@ -69,6 +72,7 @@ def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         "mtp" not in kwargs
         and "draft" not in kwargs
         and "draft_vocab" not in kwargs
+        and "prompt_lookup" not in kwargs
         and kwargs.get("draft_model") is None
         and len(args) <= DRAFT_MODEL_POSITION
         and (request is None or not request.is_speculative)

@@ -17,16 +17,9 @@ from types import CodeType, ModuleType
 
 import wrapt
 
+from .._bootstrap import module_run_as_main
+
 MAIN_TEST = "__name__ == '__main__'"
-
-
-def module_run_as_main() -> str | None:
-    """Return the NAME of `python -m NAME` while Python is still looking for it."""
-    if sys.argv[:1] != ["-m"]:
-        return None
-    # Everything after the name is in sys.argv, too.
-    option = sys.orig_argv[-len(sys.argv)]
-    return option.partition("m")[2] if option.startswith("-") else option
 
 
 def run_main_block(name: str) -> None:

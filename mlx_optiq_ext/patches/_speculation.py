@@ -35,6 +35,7 @@ class Speculation:
           round, or ``"auto"``. Default: that of ``spec_generate_step``.
         stats (SpeculationStats, optional): The counts to add to. Default: new ones.
         seed (int, optional): The seed of what is sampled.
+        prompt_lookup (bool): Whether what stands in the context is copied as well.
     """
 
     def __init__(
@@ -43,8 +44,13 @@ class Speculation:
         num_draft_tokens: NumDraftTokens | None = None,
         stats: SpeculationStats | None = None,
         seed: int | None = None,
+        prompt_lookup: bool = False,
     ):
-        self._settings: dict[str, Any] = {"drafter": drafter, "seed": seed}
+        self._settings: dict[str, Any] = {
+            "drafter": drafter,
+            "seed": seed,
+            "prompt_lookup": prompt_lookup or not drafter.computes_drafts,
+        }
         if num_draft_tokens is not None:
             self._settings["num_draft_tokens"] = num_draft_tokens
         self._steps: Generator[Token, None, None] | None = None
@@ -57,6 +63,10 @@ class Speculation:
     @property
     def num_draft_tokens(self) -> NumDraftTokens:
         return self._settings.get("num_draft_tokens", "auto")
+
+    @property
+    def prompt_lookup(self) -> bool:
+        return self._settings["prompt_lookup"]
 
     def carry(self, options: dict[str, Any]) -> None:
         """Take the options that mlx-lm would drop, and use them in ``steps``.
@@ -103,11 +113,14 @@ class BatchSpeculation:
         self.drafter = speculation.drafter
         self.stats: list[SpeculationStats] = []
         self._num_draft_tokens = speculation.num_draft_tokens
+        self._prompt_lookup = speculation.prompt_lookup
 
     def sequence_options(self) -> SequenceOptions:
         """Those of the next sequence."""
         self.stats.append(SpeculationStats())
-        return SequenceOptions(self._num_draft_tokens, self.stats[-1])
+        return SequenceOptions(
+            self._num_draft_tokens, self.stats[-1], prompt_lookup=self._prompt_lookup
+        )
 
 
 def take_request(
@@ -137,23 +150,25 @@ def take_request(
         stats, seed = request.stats, request.seed
     mtp, draft = options.pop("mtp", None), options.pop("draft", None)
     draft_vocab = options.pop("draft_vocab", None)
+    prompt_lookup = _check_prompt_lookup(options.pop("prompt_lookup", None))
     if mtp is False:
         mtp = None
     _check_one({"mtp": mtp, "draft": draft, "draft_model": draft_model})
-    if mtp is None and draft is None:
-        if draft_vocab is not None:
-            raise ValueError("draft_vocab needs mtp=True or mtp=PATH.")
+    if mtp is None and draft_vocab is not None and draft is None:
+        raise ValueError("draft_vocab needs mtp=True or mtp=PATH.")
+    if mtp is None and draft is None and not prompt_lookup:
         return draft_model and rescued(model, draft_model, options)
     num_draft_tokens = options.pop("num_draft_tokens", None)
     if num_draft_tokens is not None:
         check_num_draft_tokens(num_draft_tokens)
-    if draft is not None:
-        drafter = as_drafter(draft, model, argument="draft")
-    else:
+    if mtp is not None:
         attach_mtp(model, _check_mtp(mtp))
-        drafter = MTPDrafter(model)
+        drafter: Drafter = MTPDrafter(model)
+    else:
+        named = draft_model if draft is None else draft
+        drafter = as_drafter(named, model, prompt_lookup, argument="draft")
     drafter = limit_drafts(drafter, draft_vocab)
-    return Speculation(drafter, num_draft_tokens, stats, seed)
+    return Speculation(drafter, num_draft_tokens, stats, seed, prompt_lookup)
 
 
 def _check_one(requests: Mapping[str, Any]) -> None:
@@ -193,6 +208,12 @@ def _check_mtp(mtp: Any) -> str | None:
     if isinstance(mtp, (str, os.PathLike)) and os.fspath(mtp):
         return os.fspath(mtp)
     raise ValueError(f"mtp must be True, False or a path, got {mtp!r}.")
+
+
+def _check_prompt_lookup(prompt_lookup: Any) -> bool:
+    if prompt_lookup not in (None, True, False):
+        raise ValueError(f"prompt_lookup must be True or False, got {prompt_lookup!r}.")
+    return bool(prompt_lookup)
 
 
 def _is_untrimmable(entry: Any) -> bool:

@@ -49,7 +49,6 @@ def _server() -> tuple[Patch, ...]:
         "_make_logits_processors": ("logits_processors", ("args",)),
         "ModelProvider.load": ("load", ("model_path",)),
         "ModelProvider.load_default": ("load_default", ()),
-        "scan_cache_dir": ("scan_cache_dir", ()),
         "main": ("main", ()),
     }
     return tuple(
@@ -73,6 +72,35 @@ def _batching() -> tuple[Patch, ...]:
     return tuple(
         Patch(f"mlx_lm.{module}", attribute, f"{wrappers}:{wrapper}", parameters)
         for (module, attribute), (wrapper, parameters) in seams.items()
+    )
+
+
+def _rows_apart() -> tuple[Patch, ...]:
+    """List the seams where mlx-lm computes several rows unlike one row."""
+    wrappers = f"{_HERE}.models"
+    classes = {
+        "bailing_hybrid": "MultiLatentAttention",
+        "bailing_moe_v3": "BailingMLA",
+        "deepseek_v3": "DeepseekV3Attention",
+        "deepseek_v32": "DeepseekV32Attention",
+        "glm4_moe_lite": "Glm4MoeLiteAttention",
+        "kimi_k3": "KimiK3MLAAttention",
+        "kimi_linear": "KimiMLAAttention",
+        "longcat_flash": "LongcatFlashMLA",
+        "mistral4": "Mistral4Attention",
+    }
+    parameters = ("hidden_states", "A_log", "B", "C", "dt", "state", "mask")
+    return (
+        Patch("mlx_lm.models.ssm", "ssm_update", f"{wrappers}:ssm_update", parameters),
+        *(
+            Patch(
+                f"mlx_lm.models.{module}",
+                f"{name}.__call__",
+                f"{wrappers}:latent_attention",
+                ("x", "mask", "cache"),
+            )
+            for module, name in classes.items()
+        ),
     )
 
 
@@ -127,6 +155,7 @@ PATCHES: tuple[Patch, ...] = (
         f"{_HERE}.models:scaled_dot_product_attention",
         ("queries", "keys", "values", "cache", "scale", "mask", "sinks"),
     ),
+    *_rows_apart(),
     *_command_line("generate"),
     *_command_line("chat"),
     *_command_line("benchmark"),

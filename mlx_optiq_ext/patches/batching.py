@@ -23,7 +23,7 @@ def batch_generator(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if drafting is not None:
         instance.speculate_with(drafting.drafter)
     else:
-        instance.speculate_with(served.drafter)
+        instance.speculate_with(served.drafter, prompt_lookup=served.prompt_lookup)
 
 
 def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -40,8 +40,8 @@ def insert_segments(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     guard_sequences(call.arguments, arguments)
     uids = wrapped(*call.args, **call.kwargs)
-    if record_of(instance.model).served is not None:
-        options = options_of(arguments)
+    if (served := record_of(instance.model).served) is not None:
+        options = options_of(arguments, served)
         for uid in uids:
             instance.set_options(uid, options)
     return uids
@@ -74,7 +74,8 @@ def batch_generate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def load_served(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     flags = instance.cli_args
-    asks = getattr(flags, "mtp", None) or getattr(flags, "draft", None)
+    names = ("mtp", "draft", "prompt_lookup")
+    asks = any(getattr(flags, name, None) for name in names)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     draft_model = call.arguments.get("draft_model_path")
     if draft_model is not None and draft_model == flags.draft_model:

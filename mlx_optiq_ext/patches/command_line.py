@@ -23,17 +23,22 @@ DRAFT_HELP = (
     "itself, or a smaller model with the same tokenizer. PATH is a folder or a Hub id."
 )
 NUM_DRAFT_TOKENS_HELP = (
-    "Number of tokens to draft when using speculative decoding, or with --mtp and "
-    "--draft 'auto', their default: the number, 0 included, that is measured to be "
-    "fastest."
+    "Number of tokens to draft when using speculative decoding, or with --mtp, --draft "
+    "and --prompt-lookup 'auto', their default: the number, 0 included, that is "
+    "measured to be fastest."
 )
 DRAFT_VOCAB_HELP = (
     "Let the MTP head propose only N tokens (special ones, the prompt's, and those "
     "with the lowest ids) or those whose ids a file has, one a line or as a JSON list. "
     "Drafts cost less, and the output stays the same."
 )
-# This command gets no --draft: of all that --draft accepts, only an ordinary draft
-# model keeps anything of a prompt.
+PROMPT_LOOKUP_HELP = (
+    "Speculate with what followed the last tokens where they occurred before, in the "
+    "prompt or the output. It needs no drafter and works for every model; with one, "
+    "each round takes the faster of the two."
+)
+# This command gets neither --draft, as of all that it accepts only an ordinary draft
+# model keeps anything of a prompt, nor --prompt-lookup, which keeps nothing on disk.
 WITHOUT_DRAFT = "mlx_lm.cache_prompt"
 
 
@@ -47,18 +52,24 @@ class SpeculationParser(argparse.ArgumentParser):
         parsed = super().parse_args(args, namespace)
         self._check_one(parsed)
         draft = self._take_draft(parsed)
-        if parsed.mtp or draft is not None:
+        prompt_lookup = getattr(parsed, "prompt_lookup", False)
+        is_ours = parsed.mtp or draft is not None or prompt_lookup
+        if is_ours:
             self._check(parsed)
         elif parsed.num_draft_tokens == "auto":
-            self.error("argument --num-draft-tokens: auto needs --mtp or --draft")
-        elif getattr(parsed, "draft_vocab", None) is not None:
+            self.error(
+                "argument --num-draft-tokens: auto needs --mtp, --draft or "
+                "--prompt-lookup"
+            )
+        has_drafter = parsed.mtp or draft is not None
+        if getattr(parsed, "draft_vocab", None) is not None and not has_drafter:
             self.error("argument --draft-vocab: needs --mtp")
         if (request := current.get()) is not None:
             request.mtp, request.draft = parsed.mtp, draft
             request.num_draft_tokens = parsed.num_draft_tokens
             request.draft_vocab = getattr(parsed, "draft_vocab", None)
+            request.prompt_lookup = prompt_lookup
         if parsed.num_draft_tokens is None:
-            is_ours = parsed.mtp or draft is not None
             parsed.num_draft_tokens = "auto" if is_ours else self.num_draft_tokens
         return parsed
 
@@ -118,6 +129,9 @@ def add_flags(parser: SpeculationParser, with_draft: bool = True) -> None:
         parser.add_argument("--draft", metavar="PATH", help=DRAFT_HELP)
         parser.add_argument(
             "--draft-vocab", type=_draft_vocab, metavar="N|FILE", help=DRAFT_VOCAB_HELP
+        )
+        parser.add_argument(
+            "--prompt-lookup", action="store_true", help=PROMPT_LOOKUP_HELP
         )
 
 

@@ -1,7 +1,8 @@
-"""Wrappers for the recurrence and the attention of mlx-lm's models."""
+"""Wrappers for recurrences and attention of mlx-lm's models."""
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -14,6 +15,30 @@ def gated_delta_update(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> A
         return wrapped(*args, **kwargs)
     record(wrapped, args, kwargs)
     return wrapped(*args, **kwargs)
+
+
+def ssm_update(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if args[0].shape[1] == 1 or not _rows_are_apart().get():
+        return wrapped(*args, **kwargs)
+    from ..rollback import update_in_order
+
+    return update_in_order(wrapped, *args, **kwargs)
+
+
+def latent_attention(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if args[0].shape[1] == 1 or not _rows_are_apart().get():
+        return wrapped(*args, **kwargs)
+    from ..rollback import attend_apart
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    return attend_apart(wrapped, **call.arguments)
+
+
+@cache
+def _rows_are_apart() -> ContextVar[bool]:
+    from ..rollback import rows_are_apart
+
+    return rows_are_apart
 
 
 @cache

@@ -20,16 +20,10 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
-from ._recurrence import (
-    NUM_ROW_INPUTS,
-    Tape,
-    has_known_recurrence,
-    prepare_recurrence,
-)
+from ._apart import LATENT_ATTENTION
+from ._recurrence import Tape, has_known_recurrence, prepare_recurrence
 from ._sequences import BatchKV, BatchQuantizedKV, BatchRing, BatchStates, Offsets
 from ._transaction import check_entries
-
-STATE_POSITION = 7  # of gated_delta_update's arguments
 
 # Modules of mlx-lm, and classes in them, that need the offset as a number.
 _NEED_NUMBERS = {"gpt_bigcode", "llama4", "llama4_text", "deepseek_v41"}
@@ -139,10 +133,8 @@ class Batch:
             self._unlearned.append((self._num_passes, self._num_rows))
         for entry in self._attended:
             entry.keep(array, is_all)
-        if self._states and not is_all:
-            states = self._replayed(array)
-            for entry, replayed in zip(self._states, states, strict=True):
-                entry.cache = replayed
+        if self._states:
+            self._keep_states(array, is_all)
 
     def learn(self, num_rows: Sequence[int]) -> None:
         """Tell the host what an array told ``keep``, of the oldest such call.
@@ -214,6 +206,11 @@ class Batch:
                     "Cannot speculate for several sequences in one pass: "
                     f"{type(module).__name__} of {name} needs one offset for all."
                 )
+            if LATENT_ATTENTION in module:
+                raise SpeculationError(
+                    "Cannot speculate for several sequences in one pass: the latent "
+                    f"attention of {name} computes several rows unlike one row."
+                )
 
     def _made(self, entry: Any) -> Any:
         """An empty entry for sequences with entries like this."""
@@ -250,26 +247,21 @@ class Batch:
             return next(states)
         return entry.extract(index, num_tokens, num_kept)
 
-    def _replayed(
-        self, num_rows: mx.array, index: int | None = None
-    ) -> list[list[mx.array]]:
-        """States after the first rows of the last pass, of all sequences or of one."""
-        assert self._tape is not None
-        one = slice(None) if index is None else slice(index, index + 1)
-        found = []
-        for conv_input, (update, args, kwargs) in self._tape.recorded(
-            len(self._states)
-        ):
-            inputs = [x[one] for x in args[:NUM_ROW_INPUTS]]
-            num_state_rows = conv_input.shape[1] - inputs[0].shape[1]
-            places = num_rows[:, None] + mx.arange(num_state_rows)
-            conv = mx.take_along_axis(conv_input[one], places[..., None], axis=1)
-            mask = mx.arange(inputs[0].shape[1]) < num_rows[:, None]
-            constants = args[NUM_ROW_INPUTS:STATE_POSITION]
-            state = args[STATE_POSITION][one]
-            _, state = update(*inputs, *constants, state, mask, **kwargs)
-            found.append([conv, state])
-        return found
+    def _keep_states(self, num_rows: mx.array, is_all: bool) -> None:
+        if self._tape is not None and self._tape.rows:
+            index = num_rows.astype(mx.int32)
+            for entry, rows in zip(self._states, self._recorded().rows, strict=True):
+                entry.held = rows.keeping(index)
+        elif not is_all:
+            states = self._recorded().replayed(num_rows, slice(None))
+            for entry, replayed in zip(self._states, states, strict=True):
+                entry.cache = replayed
+
+    def _recorded(self) -> Tape:
+        """The tape of the last pass."""
+        if self._tape is None or not self._tape.has_all(len(self._states)):
+            raise SpeculationError("Cannot speculate: mlx-lm is not patched.")
+        return self._tape
 
     def _states_of(self, index: int, num_tokens: int) -> list[ArraysCache]:
         """Stock entries of the recurrent layers of one sequence."""
@@ -282,7 +274,7 @@ class Batch:
             ]
         else:
             number = mx.array([num_tokens - self._before[index]], mx.int32)
-            kept = self._replayed(number, index)
+            kept = self._recorded().replayed(number, one)
         entries = [ArraysCache(2) for _ in kept]
         for entry, arrays in zip(entries, kept, strict=True):
             entry.cache = [mx.contiguous(array) for array in arrays]

@@ -86,11 +86,13 @@ class SlotOrderRing:
     def keep(self, num_rows: int) -> None:
         """Leave the ring with the first ``num_rows`` rows of the pass and no others."""
         self._seen = None
-        if num_rows == self._num_written or self._rows is None:
-            return
-        if self._num_written:
-            self._unwrite()
-        self._write(num_rows)
+        if self._rows is not None and num_rows != self._num_written:
+            if self._num_written:
+                self._unwrite()
+            self._write(num_rows)
+        if num_rows == 0:
+            # The pass may be run again, from the offset before it.
+            self._rows = None
 
     def _wraps(self, num_rows: int) -> bool:
         return self._offset + num_rows > self._ring.max_size

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._rows import RowStates
 from ._slots import SlotViews, advanced, rows_in_slots
 
 STEP = 256  # rows by which the arrays grow, as in mlx-lm's KVCache
@@ -411,12 +412,30 @@ class BatchRing(BatchKV):
 
 
 class BatchStates(ArraysCache):
-    """States of a recurrent layer: of its convolution, and of the recurrence."""
+    """States of a recurrent layer: of its convolution, and of the recurrence.
 
-    cache: list[mx.array | None]
+    After a pass in which the layer kept its states after every row, those are ``held``,
+    and the ones that count are taken from among them when somebody asks.
+    """
 
     def __init__(self) -> None:
+        self.held: RowStates | None = None
         super().__init__(2)
+
+    @property
+    def cache(self) -> list[mx.array | None]:
+        if self.held is not None:
+            self.cache = self.held.taken()
+        return self._arrays
+
+    @cache.setter
+    def cache(self, arrays: list[mx.array | None]) -> None:
+        self._arrays, self.held = arrays, None
+
+    @property
+    def nbytes(self) -> int:
+        held = self.held
+        return super().nbytes if held is None else held.nbytes
 
     def check(self, entry: Any) -> None:
         is_known = type(entry) is ArraysCache and len(entry.cache) == len(self.cache)

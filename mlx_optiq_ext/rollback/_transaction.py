@@ -25,6 +25,7 @@ from mlx_lm.models.cache import (
 )
 
 from .._errors import SpeculationError
+from ._apart import apart
 from ._recurrence import Tape
 from ._ring import SlotOrderRing
 
@@ -217,11 +218,11 @@ class Transaction:
         entries = [part.entry for part in self._parts]
         self._forward = partial(forward, entries)
         self._num_rows = self._num_kept = num_rows
-        # A single row is kept or not, and needs no tape for either.
-        if self._tape is None or num_rows == 1:
-            return self._forward(num_rows)
-        with self._tape.recording():
-            return self._forward(num_rows)
+        tape = self._tape
+        if tape is None or (num_rows == 1 and not tape.is_needed_for_one_row):
+            return self._run(num_rows)
+        with tape.recording():
+            return self._run(num_rows)
 
     def keep(self, num_rows: int) -> None:
         """Roll back every row after the first ones.
@@ -244,8 +245,18 @@ class Transaction:
             self._tape.replay(entries, num_rows)
         else:
             self._keep(0)
-            self._forward(num_rows)
+            self._run(num_rows)
             self._keep(num_rows)
+
+    def settle(self) -> None:
+        """Let entries own their states, which may be parts of those after every row."""
+        for part in self._recurrent if self._tape and self._tape.rows else []:
+            states = part.entry.cache
+            part.entry.cache = [x if x is None else mx.contiguous(x) for x in states]
+
+    def _run(self, num_rows: int) -> Any:
+        with apart():
+            return self._forward(num_rows)
 
     def _keep(self, num_rows: int) -> None:
         for part in self._parts:

@@ -22,8 +22,8 @@ def check_origin(headers: Any, allowed_origins: list[str]) -> None:
     done: any page could have made the server fetch or generate something.
 
     Args:
-        headers (Message): Of the request.
-        allowed_origins (list[str]): Of the command line; "*" allows every origin.
+        headers (Message): The headers of the request.
+        allowed_origins (list[str]): The command line's list; "*" allows every origin.
 
     Raises:
         APIError: 403.
@@ -43,7 +43,7 @@ def check_key(headers: Any, expected: str | None) -> None:
     """Refuse a request without the server's key.
 
     Args:
-        headers (Message): Of the request.
+        headers (Message): The headers of the request.
         expected (str, optional): The key, None if the server has none.
 
     Raises:

@@ -29,6 +29,7 @@ class Arguments(server.GenerationArguments):
         inbox: Where the reply goes, once the request is taken from the line.
         stats: Counts what speculation does, None if the model is decoded plainly.
         is_single: The request is served by itself.
+        prompt_lookup: Whether what stands in the context may be copied.
         records_sources: Whether it is kept what drafted each token.
     """
 
@@ -37,6 +38,7 @@ class Arguments(server.GenerationArguments):
     stats: SpeculationStats | None = None
     is_single: bool = False
     records_sources: bool = False
+    prompt_lookup: bool = True
 
 
 def generation_arguments(request: Request, cli_args: Any) -> Arguments:
@@ -66,6 +68,7 @@ def generation_arguments(request: Request, cli_args: Any) -> Arguments:
         chat_template_kwargs=_template_arguments(request, cli_args),
         given=given_fields(body, cli_args),
         records_sources=request.gives_sources,
+        prompt_lookup=optional(body, "prompt_lookup", bool, True),
     )
 
 

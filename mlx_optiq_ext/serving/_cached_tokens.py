@@ -21,7 +21,7 @@ def with_cached_tokens(
 
     Args:
         processors (list[Callable]): mlx-lm's.
-        arguments (Arguments): Of the request.
+        arguments (Arguments): The arguments of the request.
     """
     logits = arguments.logits
     num_seen = max(

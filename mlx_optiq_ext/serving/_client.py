@@ -34,7 +34,7 @@ class Client:
     and by no other exception, that the client has left.
 
     Args:
-        handler (BaseHTTPRequestHandler): It has read the request line and the headers.
+        handler (BaseHTTPRequestHandler): The handler that has read the request's head.
     """
 
     def __init__(self, handler: Any):

@@ -33,7 +33,7 @@ class APIError(Exception):
         message (str): What was found and what was expected.
         param (str, optional): The field that is at fault.
         code (str, optional): OpenAI's machine-readable reason.
-        headers (Mapping, optional): More headers of the answer.
+        headers (Mapping, optional): Further headers of the answer.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ class CallStart:
     """A call of a tool that is being written. Its pieces follow, then the `Call`.
 
     Args:
-        name (str): Of the tool.
-        id (str, optional): What the model calls the call, where its format has that.
+        name (str): The name of the tool.
+        id (str, optional): The model's own id for the call, where its format has one.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Call:
     """The end of a call of a tool: its `CallStart` and its pieces came before.
 
     Args:
-        name (str): Of the tool.
-        arguments (dict): What the pieces add up to.
-        id (str, optional): As in the `CallStart`.
+        name (str): The name of the tool.
+        arguments (dict): The object that the pieces add up to.
+        id (str, optional): The id that the `CallStart` has.
     """
 
     name: str
@@ -65,12 +65,13 @@ class Token:
     """A token that was generated; what is known of its text comes after it.
 
     Args:
-        id (int): Of the token.
-        logprob (float): Its natural logarithm of the probability.
-        top (Sequence[dict]): mlx-lm's ``id``, ``token`` and ``logprob`` of others.
-        text (str): What it adds to the text that was generated.
-        source (str, optional): What drafted it, None if the model itself wrote it.
-        spelling (str): Its own text.
+        id (int): The token's number in the vocabulary.
+        logprob (float): The natural logarithm of its probability.
+        top (Sequence[dict]): mlx-lm's ``id``, ``token`` and ``logprob`` of the most
+          probable tokens in its place.
+        text (str): The text that the token adds to the reply.
+        source (str, optional): The drafter that proposed it, None if none did.
+        spelling (str): The token's own text.
     """
 
     id: int
@@ -110,10 +111,10 @@ class Usage:
     """Numbers of tokens, counted while a reply is generated.
 
     Args:
-        num_prompt_tokens (int): Of the prompt.
-        num_cached_tokens (int): Those of it that were in the cache.
-        num_output_tokens (int): Generated, in all choices together.
-        num_thinking_tokens (int): Those of them that are thoughts.
+        num_prompt_tokens (int): Tokens of the prompt.
+        num_cached_tokens (int): Tokens of the prompt that were in the cache.
+        num_output_tokens (int): Tokens generated, in all choices together.
+        num_thinking_tokens (int): Tokens generated that belong to thoughts.
         stats (list): What speculation did for each choice that has ended; empty where
           the model is decoded plainly.
     """

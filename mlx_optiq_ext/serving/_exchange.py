@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._access import cors_headers
@@ -31,6 +33,9 @@ KEEP_ALIVE_INTERVAL = 10.0
 # Digits of an integer: longer ones are infinite for all that computes with floats.
 MAX_DIGITS = 308
 
+# Half of a character beyond the first 65,536.
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 class Reply(Protocol):
     """The part of a reply that keeps a stream alive."""
@@ -42,7 +47,7 @@ class Exchange:
     """Reads a request from one of mlx-lm's handlers, and writes through it.
 
     Args:
-        handler (APIHandler): It has read the request line and the headers.
+        handler (APIHandler): The handler that has read the request's head.
     """
 
     def __init__(self, handler: Any):
@@ -53,7 +58,7 @@ class Exchange:
         self.path, _, self.query = handler.path.partition("?")
         self.is_anthropic = self.path.startswith("/v1/messages")
         self.request_id = f"req_{uuid.uuid4().hex}"
-        # What is generated for it.
+        # What is generated for the client.
         self.sequences: list[Sequence] = []
         self.measured = Measurement()
         self._stream: Reply | None = None
@@ -245,21 +250,9 @@ def parse_object(data: bytes) -> Body:
         APIError: 400, if it is something else.
     """
     infinite: list[str] = []
-
-    def read_number(text: str) -> int | float:
-        number = _read_number(text)
-        if isinstance(number, float) and math.isinf(number):
-            infinite.append(text)
-        return number
-
     # A nesting can be deeper than Python is willing to read.
     try:
-        value = json.loads(
-            data.decode(),
-            parse_constant=_refuse_constant,
-            parse_float=read_number,
-            parse_int=read_number,
-        )
+        value = _load(data.decode(), functools.partial(_read_number, infinite))
     except (ValueError, RecursionError) as exc:
         raise bad_request(f"Invalid JSON in request body: {exc}") from exc
     if not isinstance(value, dict):
@@ -277,13 +270,32 @@ def printable(text: str) -> str:
     return ascii(text[:MAX_LOGGED])[1:-1]
 
 
+def _load(text: str, read_number: Callable[[str], int | float]) -> Any:
+    value = json.loads(
+        text,
+        parse_constant=_refuse_constant,
+        parse_float=read_number,
+        parse_int=read_number,
+    )
+    if "\\ud" not in text and "\\uD" not in text:
+        return value
+    # Clients that cut a text anywhere send half a character, which no tokenizer takes.
+    whole = SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+    return json.loads(whole)
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def _read_number(text: str) -> int | float:
-    is_integer = text.lstrip("-").isdecimal()
-    return int(text) if is_integer and len(text) <= MAX_DIGITS else float(text)
+def _read_number(infinite: list[str], text: str) -> int | float:
+    """A number; what is too large for one is remembered."""
+    if text.lstrip("-").isdecimal() and len(text) <= MAX_DIGITS:
+        return int(text)
+    number = float(text)
+    if math.isinf(number):
+        infinite.append(text)
+    return number
 
 
 def _path_of_infinity(body: Body) -> str | None:

@@ -77,7 +77,7 @@ class Sequence:
     Args:
         exchange (Exchange): Whose client waits for it.
         request (Request): What is asked for.
-        arguments (Arguments): And how it is sampled.
+        arguments (Arguments): How it is sampled.
     """
 
     def __init__(self, exchange: Exchange, request: Request, arguments: Arguments):
@@ -92,13 +92,13 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of the prompt, 0 while it is not known."""
+        """The number of tokens of the prompt, 0 while it is not known."""
         context = self.inbox.context
         return 0 if context is None else len(context.prompt)
 
     @property
     def num_cached_tokens(self) -> int:
-        """Of the prompt, once there is a token of the reply."""
+        """How many of them were cached, known once there is a token of the reply."""
         context = self.inbox.context
         return 0 if context is None else max(context.prompt_cache_count, 0)
 
@@ -181,8 +181,8 @@ class Generation:
 
     def _sequence(self, index: int) -> Sequence:
         arguments = copy.copy(self._arguments)
-        if arguments.seed is not None:
-            arguments.seed += index
+        if index and arguments.seed is not None:
+            arguments.seed = (arguments.seed + index) % (1 << 64)
         return Sequence(self._exchange, dataclasses.replace(self._request), arguments)
 
     def _read(
@@ -260,7 +260,7 @@ def with_leading_space(responses: Iterator[Any], tokenizer: Any) -> Iterator[Any
     """Give a reply that continues a text the space that mlx-lm takes from it.
 
     Args:
-        responses (Iterator[Response]): Of mlx-lm's server, one for each token.
+        responses (Iterator[Response]): Responses of mlx-lm's server, one a token.
         tokenizer: Knows how the first of them is spelled.
     """
     for response in itertools.islice(responses, 1):

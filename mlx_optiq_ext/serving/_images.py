@@ -26,12 +26,11 @@ from ._errors import APIError, bad_request
 Message = dict[str, Any]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Of all images of a request together.
+# The limits for all images of a request together.
 MAX_BYTES = 20 << 20
 MAX_SECONDS = 20.0
 MAX_REDIRECTS = 3
 
-IMAGE_TYPES = ("image_url", "input_image", "image")
 PORTS = {"http": 80, "https": 443}
 # An IPv6 address of this network stands for the IPv4 address in its last 32 bits.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -53,11 +52,7 @@ def has_images(messages: list[Message]) -> bool:
 
 
 def has_remote_images(messages: list[Message]) -> bool:
-    """Whether any image is named by something else than its own bytes.
-
-    Raises:
-        APIError: 400, if an image has no URL.
-    """
+    """Whether any image is named by something else than its own bytes."""
     return any(not _url_of(p).startswith("data:") for p in _image_parts(messages))
 
 
@@ -65,7 +60,7 @@ def inline_images(messages: list[Message], allow_remote: bool) -> None:
     """Replace the URL of every remote image by a ``data:`` URL of its bytes.
 
     Args:
-        messages (list[dict]): Of a chat; changed in place.
+        messages (list[dict]): The messages of a chat; changed in place.
         allow_remote (bool): Whether images may be fetched.
 
     Raises:
@@ -83,8 +78,7 @@ def inline_images(messages: list[Message], allow_remote: bool) -> None:
         except Exception as exc:
             logging.warning("%s: %s", FAILED, ascii(str(exc)))
             raise bad_request(FAILED, param="messages") from None
-        part.clear()
-        part.update(type="image_url", image_url={"url": data})
+        part["image_url"]["url"] = data
 
 
 @contextlib.contextmanager
@@ -114,10 +108,10 @@ class _Budget:
         self._deadline = time.monotonic() + MAX_SECONDS
 
     def seconds_left(self) -> float:
-        """More than none.
+        """The seconds that are left, which are more than none.
 
         Raises:
-            FetchError: If there are none left.
+            FetchError: If none are left.
         """
         seconds = self._deadline - time.monotonic()
         if seconds <= 0:
@@ -162,7 +156,7 @@ def _get(parts: SplitResult, budget: _Budget) -> str:
 
 
 def _checked_location(location: str) -> str:
-    # What a redirect leads to is not what the image is.
+    # A redirect names a place to look at, and must not be the image itself.
     if location.startswith("data:"):
         raise FetchError("it redirects to a data: URL")
     return location
@@ -265,13 +259,9 @@ def _image_parts(messages: list[Message]) -> Iterator[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") in IMAGE_TYPES:
+            if part["type"] == "image_url":
                 yield part
 
 
 def _url_of(part: dict[str, Any]) -> str:
-    url = part.get("image_url", part.get("image"))
-    url = url.get("url") if isinstance(url, dict) else url
-    if not isinstance(url, str):
-        raise bad_request("messages: an image needs a URL", param="messages")
-    return url
+    return part["image_url"]["url"]

@@ -14,9 +14,9 @@ def spelled(token: Token, tokenizer: Any, source: str | None) -> Token:
     """A token with its own text and those of the alternatives, likely ones first.
 
     Args:
-        token (Token): As it was generated.
-        tokenizer (TokenizerWrapper): Of the model.
-        source (str, optional): What drafted it.
+        token (Token): The token without its texts.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
+        source (str, optional): The drafter that proposed the token.
     """
     ranked = sorted(
         token.top, key=lambda each: (-each["logprob"], each["id"] != token.id)

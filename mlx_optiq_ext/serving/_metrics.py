@@ -19,10 +19,45 @@ if TYPE_CHECKING:
     from ._exchange import Exchange
     from ._generation import Sequence
 
-Totals = dict[tuple[str, ...], int]  # by the name of a counter and its label
+Totals = dict[tuple[str, ...], int]  # by the name of a counter and a label's value
 
 # Seconds.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+FIRST_TOKEN = "From the headers to the first token"
+LATENCY = "From the headers to the end of the reply"
+
+# What grows while replies are generated: the text for each name, and a label if there
+# is a number for each of several values.
+COUNTERS: dict[str, tuple[str, ...]] = {
+    "prompt_tokens": ("Tokens of prompts",),
+    "prompt_tokens_cached": ("Tokens of prompts found in the prompt cache",),
+    "generation_tokens": ("Tokens generated",),
+    "spec_decode_num_drafts": ("Rounds of speculation",),
+    "spec_decode_num_draft_tokens": ("Draft tokens verified",),
+    "spec_decode_num_accepted_tokens": ("Draft tokens emitted",),
+    "spec_decode_num_draft_tokens_per_pos": (
+        "Draft tokens verified, by position in the draft",
+        "position",
+    ),
+    "spec_decode_num_accepted_tokens_per_pos": (
+        "Draft tokens emitted, by position in the draft",
+        "position",
+    ),
+    "spec_decode_num_target_calls_per_depth": (
+        "Forward passes that emitted tokens, by the draft tokens in them",
+        "depth",
+    ),
+    "spec_decode_num_draft_tokens_per_source": (
+        "Draft tokens verified, by what proposed them",
+        "source",
+    ),
+    "spec_decode_num_accepted_tokens_per_source": (
+        "Draft tokens emitted, by what proposed them",
+        "source",
+    ),
+}
 
 
 @dataclass
@@ -80,52 +115,22 @@ class Metrics:
             return prometheus.Gauge(name, text, registry=registry)
 
         self._requests = counter("requests", "Requests answered", "route", "status")
+        self._counters = {name: counter(name, *rest) for name, rest in COUNTERS.items()}
         self._lock = threading.Lock()
         self._waiting = gauge("num_requests_waiting", "Requests in the line")
         self._running = gauge("num_requests_running", "Requests being generated")
-        self._first = histogram(
-            "time_to_first_token_seconds", "From the headers to the first token"
-        )
-        self._latency = histogram(
-            "e2e_request_latency_seconds", "From the headers to the end of the reply"
-        )
+        self._first = histogram("time_to_first_token_seconds", FIRST_TOKEN)
+        self._latency = histogram("e2e_request_latency_seconds", LATENCY)
         self._active = gauge("mlx_active_memory_bytes", "Memory that arrays take")
         self._peak = gauge("mlx_peak_memory_bytes", "The most that arrays have taken")
-        self._counters = {
-            "prompt": counter("prompt_tokens", "Tokens of prompts"),
-            "cached": counter(
-                "prompt_tokens_cached", "Tokens of prompts found in the prompt cache"
-            ),
-            "generation": counter("generation_tokens", "Tokens generated"),
-            "drafts": counter("spec_decode_num_drafts", "Rounds of speculation"),
-            "drafted": counter("spec_decode_num_draft_tokens", "Draft tokens verified"),
-            "accepted": counter(
-                "spec_decode_num_accepted_tokens", "Draft tokens emitted"
-            ),
-            "drafted_at": counter(
-                "spec_decode_num_draft_tokens_per_pos",
-                "Draft tokens verified, by position in the draft",
-                "position",
-            ),
-            "accepted_at": counter(
-                "spec_decode_num_accepted_tokens_per_pos",
-                "Draft tokens emitted, by position in the draft",
-                "position",
-            ),
-            "calls_at": counter(
-                "spec_decode_num_target_calls_per_depth",
-                "Forward passes that emitted tokens, by the draft tokens in them",
-                "depth",
-            ),
-        }
 
     def text(self, num_waiting: int, exchanges: Collection[Exchange]) -> bytes:
         """Everything in Prometheus' text format.
 
         Args:
             num_waiting (int): Requests in the line.
-            exchanges (Collection): Those for which something is being generated; what
-              they have so far is counted.
+            exchanges (Collection): The exchanges for which something is generated now;
+              what they have so far is counted.
         """
         for exchange in list(exchanges):
             self._count(exchange)
@@ -163,19 +168,24 @@ def _totals(exchange: Exchange) -> Totals:
     # The choices of a reply have the prompt in common.
     first = next(iter(_started(exchange)), None)
     totals: Totals = {
-        ("prompt",): first.num_prompt_tokens if first else 0,
-        ("cached",): first.num_cached_tokens if first else 0,
-        ("generation",): exchange.measured.num_tokens,
-        ("drafts",): stats.num_rounds,
-        ("drafted",): stats.num_drafted,
-        ("accepted",): stats.num_accepted,
+        ("prompt_tokens",): first.num_prompt_tokens if first else 0,
+        ("prompt_tokens_cached",): first.num_cached_tokens if first else 0,
+        ("generation_tokens",): exchange.measured.num_tokens,
+        ("spec_decode_num_drafts",): stats.num_rounds,
+        ("spec_decode_num_draft_tokens",): stats.num_drafted,
+        ("spec_decode_num_accepted_tokens",): stats.num_accepted,
     }
     for name, numbers in (
-        ("drafted_at", stats.num_drafted_per_position),
-        ("accepted_at", stats.num_accepted_per_position),
-        ("calls_at", stats.num_calls_per_depth),
+        ("spec_decode_num_draft_tokens_per_pos", stats.num_drafted_per_position),
+        ("spec_decode_num_accepted_tokens_per_pos", stats.num_accepted_per_position),
+        ("spec_decode_num_target_calls_per_depth", stats.num_calls_per_depth),
     ):
         totals |= {(name, str(at)): number for at, number in enumerate(numbers)}
+    for name, counts in (
+        ("spec_decode_num_draft_tokens_per_source", stats.num_drafted_per_source),
+        ("spec_decode_num_accepted_tokens_per_source", stats.num_accepted_per_source),
+    ):
+        totals |= {(name, source): number for source, number in list(counts.items())}
     return totals
 
 

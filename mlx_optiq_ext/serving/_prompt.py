@@ -17,7 +17,7 @@ from ._errors import bad_request, context_overflow, is_template_error
 from ._images import reading_images
 from ._reading import ReplyFormat
 from ._request import Request
-from ._sampling import recommend
+from ._sampling import drop_idle_top_k, recommend
 from ._speculation import check_draft_tokens, speculation_of
 
 Tokenized = tuple[Any, ...]
@@ -29,7 +29,7 @@ class Segments(list[list[int]]):
 
     Args:
         segments (list[list[int]]): The parts.
-        arguments (Arguments): Of the request that they are the prompt of.
+        arguments (Arguments): The arguments of the request with this prompt.
     """
 
     def __init__(self, segments: list[list[int]], arguments: Any):
@@ -48,21 +48,22 @@ def make_prompt(
 
     Args:
         tokenize (Callable): mlx-lm's ``ResponseGenerator._tokenize``.
-        provider (ModelProvider): Has the model.
-        tokenizer (TokenizerWrapper): Of the model.
+        provider (ModelProvider): The provider of the model.
+        tokenizer (TokenizerWrapper): The model's tokenizer.
         request (Request): The state of the reply is left with it.
-        arguments (Arguments): Of the request; what is left of the context
+        arguments (Arguments): Its arguments; what is left of the context
           limits their ``max_tokens``.
 
     Returns:
-        tuple: As mlx-lm's function.
+        tuple: What mlx-lm's function returns.
 
     Raises:
         APIError: 400, if the model cannot do what is asked, or if the prompt is longer
           than its context.
     """
     _check_request(provider, tokenizer, request)
-    recommend(arguments, provider.model, len(tokenizer))
+    recommend(arguments, provider.model)
+    drop_idle_top_k(arguments, request.body, len(tokenizer))
     prompt, segments, kinds, state, *rest = _begin_reply(
         tokenizer, request, _tokenize(tokenize, tokenizer, request, arguments)
     )
@@ -82,6 +83,7 @@ def _tokenize(
     tokenize: Tokenize, tokenizer: Any, request: Request, arguments: Any
 ) -> Tokenized:
     if isinstance(request.prompt, list):
+        _check_tokens(request.prompt, len(tokenizer))
         # mlx-lm encodes texts only; it says where a reply without messages starts.
         empty = dataclasses.replace(request, prompt="")
         _, _, kinds, *rest = tokenize(tokenizer, empty, arguments)
@@ -96,6 +98,12 @@ def _tokenize(
             if plain == messages or not is_template_error(exc):
                 raise
         return tokenize(tokenizer, _with(request, plain), arguments)
+
+
+def _check_tokens(tokens: list[int], num_known: int) -> None:
+    wrong = [token for token in tokens if not 0 <= token < num_known]
+    if wrong:
+        raise bad_request(f"prompt: there is no token {wrong[0]}", param="prompt")
 
 
 def _split(tokenizer: Any, prompt: list[int]) -> tuple[list[list[int]], list[str]]:

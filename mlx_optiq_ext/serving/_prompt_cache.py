@@ -32,19 +32,21 @@ from ..rollback import own_rows, share_rows
 
 Key = array  # of int64
 
+NO_LIMIT = 1 << 63  # bytes
+
 
 @dataclass(eq=False)
 class _Kept:
     """The cache of a prompt.
 
     Args:
-        model: Which model's.
-        tokens: The prompt.
-        entries: mlx-lm's, one for each layer.
-        kind: What ends there: "system", "user", "assistant", ...
-        last_use: A larger number is later.
-        is_superseded: A longer one of its kind goes on from it.
-        host: Whose rows these entries look at, None if they have their own.
+        model: The key of the model.
+        tokens: The tokens of the prompt.
+        entries: mlx-lm's cache entries, one for each layer.
+        kind: The part of a prompt that ends there: "system", "user", "assistant", ...
+        last_use: When the cache was last used; a larger number is later.
+        is_superseded: Whether a longer cache of this kind goes on from this one.
+        host: The cache whose rows these entries look at, None if they have their own.
     """
 
     model: Any
@@ -92,13 +94,20 @@ class PromptCache:
         self._clock = itertools.count(1)
 
     @classmethod
-    def of(cls, cli_args: Any) -> PromptCache:
-        """With the limits that were asked for on the command line."""
+    def of(cls, cli_args: Any, *, is_distributed: bool = False) -> PromptCache:
+        """With the limits that were asked for on the command line.
+
+        Args:
+            cli_args (Namespace): The server's command line.
+            is_distributed (bool): Whether processes share the model. They have to keep
+                the same prompts, so how much memory each has left must not count.
+        """
         size = getattr(cli_args, "prompt_cache_size", None)
-        return cls(
-            size if getattr(cli_args, "is_prompt_cache_size_given", True) else None,
-            getattr(cli_args, "prompt_cache_bytes", None),
-        )
+        max_bytes = getattr(cli_args, "prompt_cache_bytes", None)
+        if is_distributed:
+            return cls(size, NO_LIMIT if max_bytes is None else max_bytes)
+        is_size_given = getattr(cli_args, "is_prompt_cache_size_given", True)
+        return cls(size if is_size_given else None, max_bytes)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -187,7 +196,7 @@ class PromptCache:
         for kept in beginnings:
             kept.is_superseded |= kept.kind in (new.kind, "assistant")
             if num_bytes := share_rows(kept.entries, new.entries):
-                # What it looked at so far was counted as its host's.
+                # The rows of an earlier host were counted as that host's.
                 kept.nbytes -= num_bytes if kept.host is None else 0
                 kept.host = new
 

@@ -36,7 +36,7 @@ def guard_sequences(options: dict[str, Any], arguments: Any) -> None:
 
     Args:
         options (dict): Arguments of ``insert_segments``; changed in place.
-        arguments (Arguments): Of the request.
+        arguments (Arguments): The arguments of the request.
     """
     report = arguments.inbox.put
     if samplers := options.get("samplers"):

@@ -1,4 +1,4 @@
-"""Which request goes where: the added routes, and mlx-lm's own."""
+"""The table of routes: which function answers which request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 from mlx_lm import server
 
@@ -18,6 +18,7 @@ from ._events import Usage
 from ._exchange import Exchange
 from ._generation import count_tokens
 from ._metrics import finish, require
+from ._models import find_model, model_list
 from ._request import Request
 from ._serve import send_reply
 from ._store import Stored
@@ -29,7 +30,7 @@ class Route(NamedTuple):
     """One path of the server and what answers requests for it.
 
     Args:
-        method: Of HTTP.
+        method: The HTTP method.
         template: The path, without a query. ``[/v1]`` may be left out by clients,
           ``{id}`` stands for one segment and ``{path}`` for all that follows.
         answer: Called with the exchange and the values of the placeholders.
@@ -231,6 +232,16 @@ def _echoed(exchange: Exchange, request: Request) -> str:
     return request.model or str(exchange.cli_args.model)
 
 
+def _models(exchange: Exchange) -> None:
+    body = model_list(exchange.cli_args, exchange.handler.created)
+    exchange.send_json(200, body)
+
+
+def _models_get(exchange: Exchange, model: str) -> None:
+    created = exchange.handler.created
+    exchange.send_json(200, find_model(unquote(model), exchange.cli_args, created))
+
+
 def _metrics(exchange: Exchange) -> None:
     state = exchange.generator.state
     metrics = require(state.metrics)
@@ -247,7 +258,7 @@ def _preflight(exchange: Exchange, *_: str) -> None:
     exchange.send_head(204, PREFLIGHT)
 
 
-def _upstream_get(exchange: Exchange, *_: str) -> None:
+def _health(exchange: Exchange) -> None:
     exchange.handler.path = exchange.path
     server.APIHandler.do_GET(exchange.handler)
 
@@ -266,10 +277,10 @@ ROUTES = (
     Route("POST", f"{_RESPONSES}/{{id}}/cancel", _responses_cancel),
     Route("HEAD", "/", _probe, is_open=True),
     Route("HEAD", "/api/hello", _probe, is_open=True),
-    Route("GET", "/health", _upstream_get, is_open=True),
+    Route("GET", "/health", _health, is_open=True),
     Route("GET", "/metrics", _metrics),
-    Route("GET", "/v1/models", _upstream_get),
-    Route("GET", "/v1/models/{path}", _upstream_get),
+    Route("GET", "/v1/models", _models),
+    Route("GET", "/v1/models/{path}", _models_get),
     Route("OPTIONS", "/{path}", _preflight, is_open=True),
     Route("OPTIONS", "*", _preflight, is_open=True),
     Route("POST", "/v1/completions", _text_completions),

@@ -29,23 +29,36 @@ def given_fields(body: dict[str, Any], cli_args: Any) -> Collection[str] | None:
     return names | cli_args.given_sampling
 
 
-def recommend(arguments: Any, model: Any, num_tokens: int) -> None:
+def recommend(arguments: Any, model: Any) -> None:
     """Fill in what a model recommends where nobody asked for anything.
 
     Args:
         arguments (Arguments): Of a request; changed in place.
         model (nn.Module): The model that the request is for.
-        num_tokens (int): The number of tokens that there are to sample from.
     """
     source = record_of(model).source
     if arguments.given is None or source is None:
         return
     for name, value in read_recommended(source).items():
-        if name == "top_k" and value >= num_tokens:
-            value = 0  # mlx-lm takes no other number for "all of them".
         if name not in arguments.given:
             owner = arguments.sampling if name in SAMPLING else arguments.logits
             setattr(owner, name, value)
+
+
+def drop_idle_top_k(arguments: Any, body: dict[str, Any], num_tokens: int) -> None:
+    """Take a default ``top_k`` of the whole vocabulary for no limit.
+
+    mlx-lm refuses to sample with one, and a client that sent none cannot mend that.
+
+    Args:
+        arguments (Arguments): Of a request, with the defaults of the model and of the
+            command line filled in; changed in place.
+        body (dict): The body of the request.
+        num_tokens (int): The number of tokens that there are to sample from.
+    """
+    is_default = body.get("top_k") is None
+    if is_default and arguments.sampling.top_k >= num_tokens:
+        arguments.sampling.top_k = 0
 
 
 def describe_recommended(cli_args: Any, model: Any) -> str | None:

@@ -79,7 +79,7 @@ def write_reply(
             has_started = True
             yield from reply.start()
         yield from reply.feed(event)
-    # Who has the end may ask for the whole.
+    # A client that has the end may ask for the whole at once, so that is kept first.
     last = list(reply.finish())
     keep(reply.result())
     yield from last
@@ -88,7 +88,8 @@ def write_reply(
 def _fail(exchange: Exchange, reply: Reply, exc: Exception) -> None:
     error = explain(exchange, exc)
     if error.status >= 500:
-        logging.error("%s failed", exchange.place, exc_info=exc)
+        unexpected = None if exc is error else exc
+        logging.error("%s: %s", exchange.place, error.message, exc_info=unexpected)
     if not exchange.is_started:
         raise error from exc
     for body in reply.failure(error):

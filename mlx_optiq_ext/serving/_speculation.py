@@ -11,7 +11,13 @@ from .._errors import SpeculationError
 from .._options import AUTO_AS_NUMBER, MAX_DRAFT_TOKENS
 from .._record import record_of
 from ..decoding import SequenceOptions, SpeculationStats
-from ..drafters import Drafter, MTPDrafter, as_drafter, limit_drafts
+from ..drafters import (
+    Drafter,
+    MTPDrafter,
+    PromptLookupDrafter,
+    as_drafter,
+    limit_drafts,
+)
 from ..mixins import attach_mtp
 from ._errors import bad_request
 from ._events import Usage
@@ -22,23 +28,29 @@ class ServedSpeculation:
 
     Args:
         drafter (Drafter): What proposes tokens.
+        prompt_lookup (bool): Whether what stands in their context is copied as well.
     """
 
-    def __init__(self, drafter: Drafter):
+    def __init__(self, drafter: Drafter, prompt_lookup: bool = False):
         self.drafter = drafter
+        self.prompt_lookup = prompt_lookup
 
 
-def options_of(arguments: Any) -> SequenceOptions:
+def options_of(arguments: Any, served: ServedSpeculation) -> SequenceOptions:
     """What a request asks for; its statistics are left with its arguments.
 
     Args:
         arguments (Arguments): Of the request.
+        served (ServedSpeculation): What there is.
     """
     number = arguments.num_draft_tokens
     stats = SpeculationStats(records_sources=arguments.records_sources)
     arguments.stats = stats
     return SequenceOptions(
-        "auto" if number is AUTO_AS_NUMBER else number, stats, arguments.seed
+        "auto" if number is AUTO_AS_NUMBER else number,
+        stats,
+        arguments.seed,
+        served.prompt_lookup and arguments.prompt_lookup,
     )
 
 
@@ -86,6 +98,8 @@ def timings(usage: Usage) -> dict[str, Any]:
             "draft_n_per_position": stats.num_drafted_per_position,
             "draft_n_accepted_per_position": stats.num_accepted_per_position,
             "calls_per_depth": stats.num_calls_per_depth,
+            "draft_n_per_source": stats.num_drafted_per_source,
+            "draft_n_accepted_per_source": stats.num_accepted_per_source,
         }
     }
 
@@ -101,6 +115,7 @@ def serve_speculatively(provider: Any) -> None:
     """
     flags = provider.cli_args
     is_default = provider.model_key[0] == flags.model
+    prompt_lookup = getattr(flags, "prompt_lookup", False)
     try:
         _check_not_distributed(provider)
         drafter = limit_drafts(
@@ -111,16 +126,21 @@ def serve_speculatively(provider: Any) -> None:
         if is_default:
             raise
         # A client chose this model, and the flags were not about it.
-        logging.warning(
-            "%s is served without speculation: %s", provider.model_key, error
-        )
-        return
-    record_of(provider.model).served = ServedSpeculation(drafter)
+        if provider.is_distributed or not prompt_lookup:
+            logging.warning(
+                "%s is served without speculation: %s", provider.model_key, error
+            )
+            return
+        logging.warning("%s is served without a drafter: %s", provider.model_key, error)
+        drafter = PromptLookupDrafter()
+    record_of(provider.model).served = ServedSpeculation(drafter, prompt_lookup)
 
 
 def _drafter(model: nn.Module, flags: Any, is_default: bool) -> Drafter:
     if flags.draft is not None:
         return as_drafter(flags.draft, model)
+    if not flags.mtp:
+        return PromptLookupDrafter()
     attach_mtp(model, flags.mtp if is_default and flags.mtp is not True else None)
     return MTPDrafter(model)
 
@@ -129,5 +149,5 @@ def _check_not_distributed(provider: Any) -> None:
     if provider.is_distributed:
         raise SpeculationError(
             "Cannot speculate: the model is distributed over several processes. Serve "
-            "it in one, or without --mtp and --draft."
+            "it in one, or without --mtp, --draft and --prompt-lookup."
         )

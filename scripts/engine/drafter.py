@@ -52,6 +52,7 @@ class DialledDrafter:
         self.reads_hidden_states = drafter is not None and drafter.reads_hidden_states
 
     name = "dialled"
+    computes_drafts = True
 
     def make_cache(self) -> list[Any]:
         return [] if self._drafter is None else self._drafter.make_cache()

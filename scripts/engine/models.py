@@ -158,7 +158,7 @@ def make_model(preset: Preset, weights: Weights) -> nn.Module:
         nn.quantize(model, group_size=64, bits=weights.bits)
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)  # One by one, so that each frees what it was made of.
-    return model
+    return model.eval()  # As mlx_lm.load leaves it: layers in training use no kernels.
 
 
 def make_drafter(preset: Preset, model: nn.Module, weights: Weights) -> Drafter:

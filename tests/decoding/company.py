@@ -125,6 +125,7 @@ class BookDrafter:
 
     name = "book"
     reads_hidden_states = False
+    computes_drafts = True
 
     def __init__(self, books: list[list[int]], vocab_size: int):
         self.books = books

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from mlx_optiq_ext.heads import (
     quantize_head,
 )
 from tests.heads.variants import DENSE, MOE, assert_same, checkpoint
+from tests.processes import run
 
 LAYER = "layers.0."
 
@@ -261,8 +260,7 @@ add_sidecar(model, head)
 
 def add_and_kill(model: Path, original: Path, num_moves: int) -> int:
     """Add a head in a process that is killed after some files were moved."""
-    command = [sys.executable, "-c", KILLED, str(model), str(original), str(num_moves)]
-    return subprocess.run(command, capture_output=True).returncode
+    return run(KILLED, "add", model, original, num_moves).code
 
 
 def test_a_kill_in_the_middle_leaves_a_model_without_a_head_without(model, originals):

@@ -343,7 +343,7 @@ def test_tints_are_in_the_right_place_in_markdown(page):
     place = 0
     for piece in tinted:
         start = content.index(piece, place)
-        runs += [[None, start - place], ["copy", len(piece)]]
+        runs += [[None, start - place], ["prompt_lookup", len(piece)]]
         place = start + len(piece)
     message = {
         "role": "assistant",
@@ -352,7 +352,7 @@ def test_tints_are_in_the_right_place_in_markdown(page):
         "state": "done",
     }
     show(page, {"role": "user", "content": "Hi"}, message)
-    assert page.locator(".t.copy").all_inner_texts() == list(tinted)
+    assert page.locator(".t.prompt_lookup").all_inner_texts() == list(tinted)
 
 
 def test_the_log_and_the_requests_are_shown_live(page, lab):
@@ -854,7 +854,7 @@ def test_every_text_stands_out_from_what_is_behind_it(browser, lab, scheme):
             [None, 7],
             ["assistant", 10],
             ["draft_model", 6],
-            ["copy", 5],
+            ["prompt_lookup", 5],
         ],
         "state": "error",
         "error": "It failed.",

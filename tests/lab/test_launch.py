@@ -15,6 +15,7 @@ MODELS = find_models()
 FLAGS = {
     "--prefill-step-size": Flag("--prefill-step-size", "N", (), ""),
     "--turbo": Flag("--turbo", None, (), ""),
+    "--prompt-lookup": Flag("--prompt-lookup", None, (), ""),
     "--kv-bits": Flag("--kv-bits", "{4,8}", ("4", "8"), ""),
 }
 QWEN = MODELS["demo/qwen"].source
@@ -35,6 +36,10 @@ def read(**settings: Any) -> Launch:
             ["--mtp", "--num-draft-tokens", "3"],
         ),
         ({"mtp": True, "draft_vocab": 512}, ["--mtp", "--draft-vocab", "512"]),
+        (
+            {"num_draft_tokens": 3, "flags": {"--prompt-lookup": True}},
+            ["--num-draft-tokens", "3", "--prompt-lookup"],
+        ),
         # Without a drafter these mean nothing.
         ({"num_draft_tokens": 3, "draft_vocab": 512}, []),
         ({"recommended": True}, ["--recommended-sampling"]),
@@ -127,6 +132,7 @@ def test_the_flags_come_from_the_help_of_the_server():
     assert "--prompt-cache-size" in flags
     assert flags["--kv-bits"].value == "KV_BITS"
     assert "--max-tokens" in flags
+    assert flags["--prompt-lookup"].value is None
     assert not OWN & set(flags)
     # What names files cannot be set from a page.
     assert not {"--adapter-path", "--chat-template", "--log-level"} & set(flags)

@@ -1,29 +1,16 @@
-"""The command lines of mlx-lm, as the processes that users start."""
+"""The command lines of mlx-lm with the flags for speculation."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import DEMO
+from tests.processes import run_command as run
 
 PROMPT = ["--prompt", "class Queue:\n", "--ignore-chat-template"]
-
-
-def run(command: str, *arguments: object, text: str = "") -> tuple[int, str, str]:
-    """Exit code and both outputs of ``mlx_lm.<command>``."""
-    process = subprocess.run(
-        [sys.executable, "-m", "mlx_lm", command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=text,
-        cwd="/",
-    )
-    return process.returncode, process.stdout, process.stderr
 
 
 def text_of(output: str) -> str:

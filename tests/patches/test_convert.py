@@ -32,6 +32,7 @@ from tests.heads.variants import (
     write,
 )
 from tests.helpers import DEMO
+from tests.processes import run_command
 
 HEAD = "optiq/mtp.safetensors"
 
@@ -46,15 +47,6 @@ def quantized(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "model"
     mlx_lm.convert(str(original), str(folder), quantize=True)
     return folder
-
-
-def run(command: str, *arguments: object) -> tuple[int, str, str]:
-    process = subprocess.run(
-        [sys.executable, "-m", "mlx_lm", command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-    return process.returncode, process.stdout, process.stderr
 
 
 @pytest.fixture
@@ -92,7 +84,7 @@ def test_the_command_keeps_the_head_unless_told_to_drop_it(
     original: Path, tmp_path: Path, call: Callable[..., str]
 ) -> None:
     arguments = ("--hf-path", original, "-q", "--mlx-path")
-    code, output, _ = run("convert", *arguments, tmp_path / "with")
+    code, output, _ = run_command("convert", *arguments, tmp_path / "with")
     assert code == 0
     output_too = call("convert", *arguments, tmp_path / "without", "--no-mtp")
     line = f"[INFO] Kept the MTP head in {tmp_path / 'with' / HEAD}\n"

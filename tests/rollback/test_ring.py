@@ -102,6 +102,21 @@ def test_a_pass_leaves_what_single_rows_leave(
         assert state(ring) == start
 
 
+@pytest.mark.parametrize("num_before", [0, 5, 11, 12, 30])
+def test_a_pass_that_is_run_again_begins_where_it_began(num_before: int) -> None:
+    ring, offsets = prefilled(12, 0, num_before), []
+
+    def forward(entries: list[Any], num_rows: int) -> None:
+        offsets.append(entries[0].offset)
+        entries[0].update_and_fetch(*rows(num_before, num_rows)[1:])
+
+    transaction = Transaction([ring])
+    transaction.run(forward, NUM_ROWS)
+    transaction.keep(0)
+    transaction.run(forward, 2)
+    assert offsets == [num_before, num_before]
+
+
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 12, 9])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +12,8 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+
+from tests.processes import ForkedProcess
 
 from .scripted import make_model
 
@@ -33,12 +31,8 @@ class ServerProcess:
         self.log = log
         self.port = free_port()
         arguments = ["--model", str(folder), "--port", str(self.port), *flags]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start, "--trust-remote-code", *arguments],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent)},
-            preexec_fn=take_interrupts,
+        self.process = ForkedProcess(
+            start, "mlx_lm.server", "--trust-remote-code", *arguments, output=log
         )
         self._wait()
 
@@ -115,11 +109,6 @@ def start_server(
 def server(start_server: Starter) -> ServerProcess:
     """The server that most tests share."""
     return start_server()
-
-
-def take_interrupts() -> None:
-    """Let Ctrl-C reach a process even if the tests run where it is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -82,8 +82,18 @@ def make_model(
     takes_images: bool = False,
     is_strict: bool = False,
     max_positions: int = MAX_POSITIONS,
+    markers: str = "",
 ) -> Path:
-    """Write the model's files into a folder."""
+    """Write the model's files into a folder.
+
+    Args:
+        folder (Path): Is made if it is not there.
+        takes_images (bool): Whether images are taken.
+        is_strict (bool): Whether the chat template refuses what it was not made for.
+        max_positions (int): The size of the context.
+        markers (str): What the chat template mentions, by which mlx-lm knows the
+            format of calls; "" for calls as JSON.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     vocab_size = make_tokenizer().get_vocab_size()
@@ -111,6 +121,8 @@ def make_model(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
     )
+    if markers:
+        template += f"{{# {markers} #}}"
     (folder / "chat_template.jinja").write_text(template)
     mx.save_safetensors(str(folder / "model.safetensors"), {"unused": mx.zeros((1,))})
     shutil.copy(Path(__file__).with_name("scripted_model.py"), folder)

@@ -35,6 +35,7 @@ def make_drafter(folder: Path) -> Path:
 class ScriptedDrafter:
     name = "scripted"
     reads_hidden_states = False
+    computes_drafts = True
 
     def __init__(self, source: Any):
         self.source = source

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import DEMO
+from tests.processes import Result, run_command
 
-from .conftest import START, TIMEOUT, ServerProcess, Starter, free_port
+from .conftest import TIMEOUT, ServerProcess, Starter, free_port
 from .scripted import say
 from .test_faults import send
 from .test_http import MESSAGE, ask
@@ -24,14 +23,8 @@ from .test_http import MESSAGE, ask
 KEY = "MLX_OPTIQ_EXT_API_KEY"
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", START, *flags],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=2 * TIMEOUT,
-    )
+def run(*flags: str) -> Result:
+    return run_command("server", *flags)
 
 
 def error_line(text: str) -> str:
@@ -49,9 +42,9 @@ def taken_port() -> Iterator[int]:
 @pytest.mark.parametrize("flags", [(), ("--mtp",)])
 def test_a_port_in_use(taken_port: int, flags: tuple[str, ...]) -> None:
     result = run("--model", str(DEMO), "--port", str(taken_port), *flags)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    line = error_line(result.stderr)
+    assert result.code == 1
+    assert "Traceback" not in result.error
+    line = error_line(result.error)
     assert line.startswith("error: cannot listen at 127.0.0.1")
     assert str(taken_port) in line
     assert "in use" in line
@@ -59,9 +52,9 @@ def test_a_port_in_use(taken_port: int, flags: tuple[str, ...]) -> None:
 
 def test_a_host_that_there_is_none_of() -> None:
     result = run("--model", str(DEMO), "--host", "no.such.host.invalid")
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert error_line(result.stderr).startswith("error: cannot listen at")
+    assert result.code == 1
+    assert "Traceback" not in result.error
+    assert error_line(result.error).startswith("error: cannot listen at")
 
 
 @pytest.mark.parametrize("flags", [(), ("--mtp",)])
@@ -76,9 +69,9 @@ def test_a_model_that_cannot_be_loaded(
     if kind == "unknown":
         (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     result = run("--model", model, "--port", str(free_port()), *flags)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert error_line(result.stderr)
+    assert result.code == 1
+    assert "Traceback" not in result.error
+    assert error_line(result.error)
 
 
 def wait_for_end(server: ServerProcess) -> int:
@@ -130,10 +123,10 @@ def test_a_key_from_the_environment(
     assert ask(flag, "POST", "/v1/messages", MESSAGE, **key)[0] == 401
     # A variable that was meant to hold a key must not leave the server open.
     monkeypatch.setenv(KEY, "")
-    assert run("--model", str(DEMO)).returncode == 2
+    assert run("--model", str(DEMO)).code == 2
 
 
 def test_the_help_names_the_variable_and_the_statuses() -> None:
-    text = " ".join(run("--help").stdout.split())
+    text = " ".join(run("--help").output.split())
     assert KEY in text
     assert "130 after Ctrl-C" in text

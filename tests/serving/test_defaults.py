@@ -104,6 +104,17 @@ def test_a_recommended_top_k_of_all_tokens_is_no_mistake_of_a_client(
         assert ask(server, path, temperature=1, top_k=10**6).status == 400
 
 
+@pytest.mark.parametrize("flags", [(), ("--mtp",)])
+def test_the_operators_top_k_of_all_tokens_is_no_mistake_of_a_client(
+    start_server: Starter, flags: tuple[str, ...]
+) -> None:
+    server = start_server("--temp", "1", "--top-k", str(10**6), *flags, folder=DEMO)
+    for path in PATHS:
+        assert len({text_of(server, path) for _ in range(4)}) > 1
+        assert ask(server, path, temperature=1, top_k=10**6).status == 400
+    server.stop()
+
+
 def test_a_flag_wins_even_with_the_default_of_mlx_lm(
     start_server: Starter, sampled: Path
 ) -> None:

@@ -7,6 +7,8 @@ import json
 import socket
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
 from .conftest import ServerProcess, Starter
@@ -205,6 +207,7 @@ def test_head_is_get_without_a_body(server: ServerProcess) -> None:
     for path in (
         "/health",
         "/v1/models",
+        "/v1/models/default_model",
         "/v1/models/x/y",
         "/metrics",
         "/v1/responses/x",
@@ -213,7 +216,7 @@ def test_head_is_get_without_a_body(server: ServerProcess) -> None:
         connection.sendall(f"HEAD {path} HTTP/1.1\r\n\r\n".encode())
         reply = b"".join(iter(lambda c=connection: c.recv(1 << 16), b""))
         connection.close()
-        expected = 404 if path == "/v1/responses/x" else 200
+        expected = 404 if path.endswith(("/x", "/y")) else 200
         assert int(reply.split()[1]) == expected
         assert reply.endswith(b"\r\n\r\n")
         assert reply.count(b"\r\n\r\n") == 1
@@ -296,6 +299,27 @@ def test_nothing_of_a_query_and_no_control_character_is_logged(
     assert "hidden" not in output
     assert not {"\x1b", "\x9b"} & set(output)
     assert "/v1/messages HTTP/1.1" in output
+
+
+def test_a_model_goes_by_many_names(server: ServerProcess) -> None:
+    folder = str(server.folder)
+    (listed,) = server.openai().models.list()
+    assert (listed.id, listed.owned_by) == (folder, "mlx-lm")
+    for name in ("gpt-x", "claude-opus-4.5", "default_model", folder):
+        assert server.openai().models.retrieve(name).id == name
+        assert server.anthropic().models.retrieve(name).display_name == name
+    (entry,) = server.anthropic().models.list()
+    assert entry.id == folder
+
+
+def test_a_model_that_there_is_none_of(server: ServerProcess) -> None:
+    for name in ("mlx-community/nothing", "x", "../x"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            server.openai().models.retrieve(name)
+        assert caught.value.code == "model_not_found"
+    assert ask(server, "GET", "/v1/models/mlx-community/nothing")[0] == 404
+    with pytest.raises(anthropic.NotFoundError):
+        server.anthropic().models.retrieve("x")
 
 
 def test_probes(server: ServerProcess) -> None:

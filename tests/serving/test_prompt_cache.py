@@ -13,6 +13,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_optiq_ext.serving._prompt_cache import Key, PromptCache, common_length
 
 STATE_BYTES = 4
+MEMORY = "max_recommended_working_set_size"
 
 
 def rows(tokens: list[int]) -> KVCache:
@@ -236,6 +237,22 @@ def test_the_flags_mean_what_they_say_if_they_are_given() -> None:
     keep(small, A)
     keep(small, B)
     assert len(small) == 1
+
+
+def test_processes_that_share_a_model_keep_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = SimpleNamespace(prompt_cache_size=3, is_prompt_cache_size_given=False)
+    kept = []
+    # Memory in bytes: to one process next to nothing is left.
+    for size in (1 << 40, 1):
+        monkeypatch.setattr(mx, "device_info", lambda size=size: {MEMORY: size})
+        cache = PromptCache.of(flags, is_distributed=True)
+        for number in range(5):
+            keep(cache, [number, *A])
+        assert cached(cache, [4, *A]) == 0, "an exact hit leaves no token to go on from"
+        kept.append([each.tokens[0] for each in cache._kept])
+    assert kept == [[2, 3, 4]] * 2
 
 
 def test_the_numbers_are_told_by_kind() -> None:

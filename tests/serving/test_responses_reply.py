@@ -124,6 +124,12 @@ def test_a_tool_of_a_namespace_has_both_names() -> None:
     assert (item["namespace"], item["name"]) == ("mcp", "search")
 
 
+def test_a_tool_of_a_namespace_may_be_called_by_its_name_alone() -> None:
+    _, response = write(Call("search", {}), End("stop"))
+    item = response["output"][0]
+    assert (item["namespace"], item["name"]) == ("mcp", "search")
+
+
 def test_a_tool_that_nobody_offered_is_passed_on() -> None:
     _, response = write(Call("made_up", {}), End("stop"))
     assert response["output"][0]["name"] == "made_up"

@@ -6,8 +6,6 @@ import http.client
 import json
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,11 +18,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 
 from tests.helpers import DEMO
+from tests.processes import run_command
 
 from .conftest import START, ServerProcess, Starter, free_port
 
 PROMPT = "To be, or not to be, that is"
-MESSAGES = [{"role": "user", "content": "Tell me about the sea and the king."}]
+QUESTION = "Tell me about the sea and the king."
+MESSAGES = [{"role": "user", "content": QUESTION}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ANTHROPIC, RESPONSES = "/v1/messages", "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
@@ -33,10 +33,11 @@ BODIES: dict[str, dict[str, Any]] = {
     ANTHROPIC: {"model": "claude-x", "messages": MESSAGES, "max_tokens": 24},
     RESPONSES: {
         "model": "gpt-x",
-        "input": MESSAGES[0]["content"],
+        "input": QUESTION,
         "max_output_tokens": 24,
     },
 }
+TEXTS = {path: PROMPT if path == COMPLETIONS else QUESTION for path in BODIES}
 
 # What two servers say differently, and what only one that speculates says.
 OWN = {"id", "item_id", "call_id", "created", "created_at", "completed_at", "timings"}
@@ -143,6 +144,23 @@ def assert_counts_add_up(reply: Reply) -> tuple[int, int]:
     return timings["draft_n"], accepted
 
 
+def with_text(body: dict[str, Any], text: str) -> dict[str, Any]:
+    """A request of any route with another text for the model to go on with."""
+    if "messages" in body:
+        return body | {"messages": [{"role": "user", "content": text}]}
+    return body | {"prompt" if "prompt" in body else "input": text}
+
+
+@pytest.fixture(autouse=True)
+def prompts_of_its_own(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Give each test its own prompts, or it would find those of others in a cache."""
+    for path, body in BODIES.items():
+        text = f"# {request.node.name}\n{TEXTS[path]}"
+        monkeypatch.setitem(BODIES, path, with_text(body, text))
+
+
 @pytest.fixture(scope="module")
 def pair(start_server: Starter) -> Pair:
     flags = ("--mtp", "--num-draft-tokens", "3")
@@ -167,7 +185,7 @@ def test_a_reply_ends_at_its_limit(pair: Pair, path: str, num_tokens: int) -> No
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, ANTHROPIC])
 def test_a_reply_ends_at_every_stop_string(pair: Pair, path: str) -> None:
-    text = ask(pair.plain, CHAT if path == ANTHROPIC else path).text
+    text = pair.compare(path).text
     name = "stop_sequences" if path == ANTHROPIC else "stop"
     for start, size in ((1, 1), (3, 3), (7, 9), (12, 2)):
         stops = [text[start : start + size]]
@@ -241,7 +259,6 @@ def test_drafts_of_some_tokens_change_no_reply(
 ) -> None:
     flags = ("--mtp", "--num-draft-tokens", "3", "--draft-vocab", "32")
     limited = start_server(*flags, folder=DEMO)
-    # No other test asks this, so no server has it in its cache.
     plain, all_, some = (
         ask(server, COMPLETIONS, prompt="class Stack:\n    def push(")
         for server in (pair.plain, pair.speculating, limited)
@@ -264,6 +281,19 @@ def test_a_seed_gives_one_text_and_another_gives_another(pair: Pair) -> None:
         for seed in (1, 2, 1)
     ]
     assert texts[0] == texts[2] != texts[1]
+
+
+def test_replies_of_one_request_are_those_of_its_seeds(pair: Pair) -> None:
+    for options in ({}, {"xtc_probability": 0.5}):
+        fields: dict[str, Any] = {"temperature": 1.0} | options
+        several = ask(pair.speculating, COMPLETIONS, seed=5, n=4, **fields)
+        texts = [choice["text"] for choice in several.events[0]["choices"]]
+        singles = [
+            ask(pair.speculating, COMPLETIONS, seed=seed, **fields).text
+            for seed in range(5, 9)
+        ]
+        assert texts == singles
+        assert len({*texts}) > 1
 
 
 def test_a_request_with_a_seed_speculates(pair: Pair) -> None:
@@ -307,7 +337,8 @@ def _nth_case(path: str, number: int) -> tuple[str, dict[str, Any]]:
 def test_a_second_turn_finds_the_cache_and_a_primed_head(
     pair: Pair, start_server: Starter, seed: dict[str, int]
 ) -> None:
-    question = {"role": "user", "content": "What did the old man say to the boy?"}
+    text = f"What did the old man say to the {'girl' if seed else 'boy'}?"
+    question = {"role": "user", "content": text}
     first = pair.compare(CHAT, messages=[question], max_tokens=48, **seed)
     answer = {"role": "assistant", "content": first.text}
     messages = [question, answer, {"role": "user", "content": "And what then?"}]
@@ -497,14 +528,8 @@ def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_in_vain(*flags: str) -> tuple[int, str]:
     """Exit status and output of a server that does not start."""
-    arguments = ["--port", str(free_port()), *flags]
-    process = subprocess.run(
-        [sys.executable, "-c", START, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return process.returncode, process.stdout + process.stderr
+    result = run_command("server", "--port", free_port(), *flags)
+    return result.code, result.output + result.error
 
 
 def test_a_model_without_a_head_fails_at_start(headless: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers import DEMO
 
 from .conftest import TIMEOUT, ServerProcess, Starter
+from .wire import post
 
 Message = dict[str, str]
 
@@ -74,6 +75,42 @@ def test_many_turns_of_another_conversation_leave_the_first_one_warm(
         for _ in range(num_turns):
             take_turn(server, second)
         assert take_turn(server, first) >= 0.9
+
+
+def test_a_loop_of_tools_is_warm_however_calls_are_sent_back(
+    server: ServerProcess,
+) -> None:
+    messages = conversation("files")
+    num_before = 0
+    for number in range(4):
+        text, num_tokens, share = ask(server, messages)
+        assert share * num_tokens >= num_before - 1
+        # Clients write the reply back a little differently.
+        messages += [
+            {"role": "assistant", "content": f"Call {number}: {text}"},
+            {"role": "tool", "content": f"result {number}"},
+        ]
+        # The turn before is kept up to where the reply to it began.
+        num_before = num_tokens if number else 0
+
+
+def test_a_message_of_a_developer_in_the_middle_costs_itself_only(
+    server: ServerProcess,
+) -> None:
+    *_, system = conversation("gardens")[0].values()
+    items: list[Message] = [{"role": "user", "content": "Tell me."}]
+    num_before = 0
+    for number in range(5):
+        body = {"instructions": system, "input": items, "max_output_tokens": 12}
+        reply = post(server, "/v1/responses", body | {"temperature": 0}).body
+        usage = reply["usage"]
+        num_cached = usage["input_tokens_details"]["cached_tokens"]
+        assert num_cached >= 0.95 * num_before
+        num_before = usage["input_tokens"]
+        items += [*reply["output"]]
+        if number == 3:
+            items += [{"role": "developer", "content": "Be brief from now on."}]
+        items += [{"role": "user", "content": "And?"}]
 
 
 def test_the_same_prompt_again_is_answered_alike(server: ServerProcess) -> None:

@@ -50,12 +50,14 @@ function pill() {
 function lost() {
   const banner = document.getElementById("lost");
   banner.hidden = state.isConnected;
-  banner.textContent = "The Lab does not answer. If it was closed, start it again and open the new address.";
+  banner.textContent =
+    "The Lab does not answer. If it was closed, start it again and open the new address.";
 }
 
 function theme() {
   const root = document.documentElement;
-  const isDark = getComputedStyle(root).colorScheme === "dark" ||
+  const isDark =
+    getComputedStyle(root).colorScheme === "dark" ||
     (root.dataset.theme === undefined && matchMedia("(prefers-color-scheme: dark)").matches);
   root.dataset.theme = isDark ? "light" : "dark";
   storage.set(THEME, root.dataset.theme);

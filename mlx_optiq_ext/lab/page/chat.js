@@ -51,15 +51,24 @@ export function make(section) {
     id: "settings",
     "aria-expanded": "false",
   });
-  const bar = h("div", { class: "bar" },
+  const bar = h(
+    "div",
+    { class: "bar" },
     parts.title,
     parts.key,
     h("label", { class: "tick" }, parts.tint, "Tint drafts"),
     parts.settings,
-    button("Delete", forget, { class: "small quiet" }));
+    button("Delete", forget, { class: "small quiet" }),
+  );
   const row = h("div", { class: "row" }, parts.hint, parts.race, parts.send);
   const composer = h("div", { class: "composer" }, h("div", {}, parts.input, row));
-  const thread = h("div", { class: "thread" }, h("div", {}, bar, parts.panel), parts.messages, composer);
+  const thread = h(
+    "div",
+    { class: "thread" },
+    h("div", {}, bar, parts.panel),
+    parts.messages,
+    composer,
+  );
   section.append(h("div", { class: "talk" }, parts.list, thread));
   section.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && running) stop();
@@ -73,7 +82,12 @@ export function make(section) {
 
 function makeParts() {
   parts.list = h("div", { class: "list", role: "group", "aria-label": "Conversations" });
-  parts.messages = h("div", { class: "messages", tabindex: 0, role: "region", "aria-label": "Conversation" });
+  parts.messages = h("div", {
+    class: "messages",
+    tabindex: 0,
+    role: "region",
+    "aria-label": "Conversation",
+  });
   parts.panel = h("div", { class: "panel", hidden: true });
   parts.key = h("div", { class: "key" });
   const rename = (event) => {
@@ -127,7 +141,10 @@ function drawList() {
       title: each.title,
       "aria-current": each.id === now.id && "true",
     });
-  const begin = button("New chat", () => open(conversations.create()), { class: "new", id: "new-chat" });
+  const begin = button("New chat", () => open(conversations.create()), {
+    class: "new",
+    id: "new-chat",
+  });
   const had = parts.list.contains(document.activeElement);
   replace(parts.list, begin, conversations.all().map(item));
   if (had) (parts.list.querySelector("[aria-current]") ?? begin).focus();
@@ -136,7 +153,8 @@ function drawList() {
 function drawBar() {
   const server = state.server;
   const isReady = server?.status === "ready";
-  const isSpeculative = Boolean(server?.settings?.mtp || server?.settings?.drafter);
+  const { mtp, drafter, flags } = server?.settings ?? {};
+  const isSpeculative = Boolean(mtp || drafter || flags?.["--prompt-lookup"]);
   if (document.activeElement !== parts.title) parts.title.value = now.title;
   parts.send.textContent = running ? "Stop" : "Send";
   parts.send.disabled = !running && !isReady;
@@ -146,7 +164,10 @@ function drawBar() {
   if (parts.hint.textContent !== hint) parts.hint.textContent = hint;
   const seen = new Set(now.messages.flatMap(sourcesIn));
   const marks = Object.entries(SOURCES).filter(([name]) => seen.has(name));
-  replace(parts.key, marks.map(([name, text]) => h("mark", { class: name }, text)));
+  replace(
+    parts.key,
+    marks.map(([name, text]) => h("mark", { class: name }, text)),
+  );
 }
 
 function sourcesIn(message) {
@@ -156,9 +177,15 @@ function sourcesIn(message) {
 
 function drawMessages() {
   if (!now.messages.length) {
-    replace(parts.messages, h("div", { class: "empty" },
-      h("h2", {}, "Say something"),
-      h("p", {}, "Tokens that came from accepted drafts are tinted.")));
+    replace(
+      parts.messages,
+      h(
+        "div",
+        { class: "empty" },
+        h("h2", {}, "Say something"),
+        h("p", {}, "Tokens that came from accepted drafts are tinted."),
+      ),
+    );
     return;
   }
   replace(parts.messages, now.messages.map(drawOne));
@@ -182,10 +209,13 @@ function tools(message, index) {
   if (around.isLive(message) || message.role === "tool") return [];
   const isUser = message.role === "user";
   const isLast = index === now.messages.length - 1;
-  return h("div", { class: "tools" },
+  return h(
+    "div",
+    { class: "tools" },
     copyButton(() => message.content),
     isUser && button("Edit", () => edit(index), { class: "small quiet" }),
-    !isUser && isLast && button("Regenerate", () => regenerate(index), { class: "small quiet" }));
+    !isUser && isLast && button("Regenerate", () => regenerate(index), { class: "small quiet" }),
+  );
 }
 
 function edit(index) {
@@ -206,10 +236,17 @@ function edit(index) {
     editing = null;
     drawMessages();
   };
-  const row = h("div", { class: "row" },
+  const row = h(
+    "div",
+    { class: "row" },
     button("Send again", again, { class: "primary small" }),
-    button("Cancel", cancel, { class: "small" }));
-  const element = h("article", { class: "message user" }, h("div", { class: "card grow" }, text, row));
+    button("Cancel", cancel, { class: "small" }),
+  );
+  const element = h(
+    "article",
+    { class: "message user" },
+    h("div", { class: "card grow" }, text, row),
+  );
   if (editing) cancel();
   editing = { id: now.id, index, element };
   parts.messages.children[index].replaceWith(element);
@@ -220,12 +257,21 @@ function edit(index) {
 
 function drawPanel() {
   if (parts.panel.hidden || parts.panel.contains(document.activeElement)) return;
-  replace(parts.panel, h("div", { class: "stack" },
-    field("system", "System prompt", area("system", 2)),
-    h("div", { class: "fields" },
-      Object.entries(SAMPLING).map(([name, text]) => field(`chat-${name}`, text, number(name))),
-      field("thinking", "Thinking", thinking())),
-    field("tools", ["Tools ", h("small", {}, TOOLS)], area("tools", 3))));
+  replace(
+    parts.panel,
+    h(
+      "div",
+      { class: "stack" },
+      field("system", "System prompt", area("system", 2)),
+      h(
+        "div",
+        { class: "fields" },
+        Object.entries(SAMPLING).map(([name, text]) => field(`chat-${name}`, text, number(name))),
+        field("thinking", "Thinking", thinking()),
+      ),
+      field("tools", ["Tools ", h("small", {}, TOOLS)], area("tools", 3)),
+    ),
+  );
 }
 
 const field = (id, label, input) =>
@@ -243,7 +289,7 @@ const area = (name, rows) =>
 
 function number(name) {
   const model = state.models?.find((each) => each.name === state.server?.settings?.model);
-  const usual = name === "max_tokens" ? MAX_TOKENS : model?.sampling[name] ?? "default";
+  const usual = name === "max_tokens" ? MAX_TOKENS : (model?.sampling[name] ?? "default");
   const change = (event) => {
     const { value } = event.target;
     now.sampling[name] = value === "" ? undefined : Number(value);
@@ -461,6 +507,7 @@ function startRace() {
     const { sampling } = now;
     const message = { role: "assistant", content: "", state: "streaming", race: race.newRace() };
     return streamInto(message, (body, changed, signal) =>
-      race.run(message, body, sampling, changed, signal));
+      race.run(message, body, sampling, changed, signal),
+    );
   });
 }

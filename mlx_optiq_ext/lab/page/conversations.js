@@ -32,7 +32,9 @@ const list = (value, isOne) => (Array.isArray(value) ? value.filter(isOne) : [])
 function read(message) {
   const lanes = message.race;
   const isRace = isObject(lanes?.plain) && isObject(lanes?.speculative);
-  const race = isRace ? { plain: reply(lanes.plain), speculative: reply(lanes.speculative) } : undefined;
+  const race = isRace
+    ? { plain: reply(lanes.plain), speculative: reply(lanes.speculative) }
+    : undefined;
   return { ...message, ...reply(message), race };
 }
 

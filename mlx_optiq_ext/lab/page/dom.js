@@ -21,7 +21,9 @@ function set(element, props) {
 }
 
 export function fill(element, children) {
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat().filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -78,7 +80,11 @@ export function download(name, blob) {
 
 export function bytes(number) {
   if (number === null || number === undefined) return "?";
-  for (const [size, unit] of [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]])
+  for (const [size, unit] of [
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ])
     if (number >= size) return `${(number / size).toFixed(1)} ${unit}`;
   return `${number} bytes`;
 }

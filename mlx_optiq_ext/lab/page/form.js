@@ -2,8 +2,17 @@
 import { check, state } from "./store.js";
 
 const NEW = {
-  model: null, mtp: false, drafter: null, num_draft_tokens: "auto", draft_vocab: null,
-  recommended: true, sampling: {}, port: 8080, api_key: "", origins: "", flags: {},
+  model: null,
+  mtp: false,
+  drafter: null,
+  num_draft_tokens: "auto",
+  draft_vocab: null,
+  recommended: true,
+  sampling: {},
+  port: 8080,
+  api_key: "",
+  origins: "",
+  flags: {},
 };
 export let form = { ...NEW };
 let isChanged = false; // by the user, since it was last what runs

@@ -11,16 +11,19 @@ const TABLE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 const MAX_DEPTH = 12; // of quotes and lists in each other
 // What is between two marks is bounded: where the second one is missing, a reply without
 // end would otherwise be searched again from each first one.
-const INLINE = new RegExp([
-  "(?<ticks>`{1,9})(?<code>[^`]|[^`][\\s\\S]{0,999}?[^`])\\k<ticks>(?!`)",
-  "\\*\\*(?=\\S)(?<strong>[\\s\\S]{0,999}?\\S)\\*\\*(?!\\*)",
-  "(?<![\\w*])\\*(?=[^\\s*])(?<em>[^*]{0,999}?[^\\s*])\\*(?!\\*)",
-  "(?<!\\w)_(?=[^\\s_])(?<under>[^_]{0,999}?[^\\s_])_(?!\\w)",
-  "~~(?=\\S)(?<del>[\\s\\S]{0,999}?\\S)~~",
-  "!?\\[(?<label>[^\\]\\n]{0,999})\\]\\((?<url>[^()\\s]{0,999}(?:\\([^()\\s]{0,999}\\)[^()\\s]{0,999}){0,9})(?:\\s+\"[^\"]{0,999}\")?\\)",
-  "(?<bare>https?://[^\\s<>()\\[\\]]*[^\\s<>()\\[\\].,;:!?'\"])",
-  "\\\\(?<escaped>[!-/:-@[-`{-~])",
-].join("|"), "g");
+const INLINE = new RegExp(
+  [
+    "(?<ticks>`{1,9})(?<code>[^`]|[^`][\\s\\S]{0,999}?[^`])\\k<ticks>(?!`)",
+    "\\*\\*(?=\\S)(?<strong>[\\s\\S]{0,999}?\\S)\\*\\*(?!\\*)",
+    "(?<![\\w*])\\*(?=[^\\s*])(?<em>[^*]{0,999}?[^\\s*])\\*(?!\\*)",
+    "(?<!\\w)_(?=[^\\s_])(?<under>[^_]{0,999}?[^\\s_])_(?!\\w)",
+    "~~(?=\\S)(?<del>[\\s\\S]{0,999}?\\S)~~",
+    '!?\\[(?<label>[^\\]\\n]{0,999})\\]\\((?<url>[^()\\s]{0,999}(?:\\([^()\\s]{0,999}\\)[^()\\s]{0,999}){0,9})(?:\\s+"[^"]{0,999}")?\\)',
+    "(?<bare>https?://[^\\s<>()\\[\\]]*[^\\s<>()\\[\\].,;:!?'\"])",
+    "\\\\(?<escaped>[!-/:-@[-`{-~])",
+  ].join("|"),
+  "g",
+);
 
 // Shows a text in an element, which keeps those of its children that would be the same.
 // paint: makes nodes of a text and the place of each of its characters.
@@ -122,12 +125,17 @@ function paragraph(lines, paint) {
   return h("p", {}, inline(lines, paint));
 }
 
-const isClosing = (text, fence) => text.trim().startsWith(fence) && !text.trim().slice(fence.length).replaceAll(fence[0], "");
-const isParagraph = (text) => text.trim() && ![FENCE, HEADING, RULE, QUOTE, ITEM].some((each) => each.test(text));
+const isClosing = (text, fence) =>
+  text.trim().startsWith(fence) && !text.trim().slice(fence.length).replaceAll(fence[0], "");
+const isParagraph = (text) =>
+  text.trim() && ![FENCE, HEADING, RULE, QUOTE, ITEM].some((each) => each.test(text));
 
 function belongs(lines, i, start) {
   const { text } = lines[i];
-  if (!text.trim()) return i + 1 < lines.length && (ITEM.test(lines[i + 1].text) || /^\s{2,}\S/.test(lines[i + 1].text));
+  if (!text.trim())
+    return (
+      i + 1 < lines.length && (ITEM.test(lines[i + 1].text) || /^\s{2,}\S/.test(lines[i + 1].text))
+    );
   const isSame = (line) => /\d/.test(ITEM.exec(line)[2]);
   if (ITEM.test(text)) return /^\s{2,}/.test(text) || isSame(text) === isSame(lines[start].text);
   return /^\s{2,}/.test(text) || (lines[i - 1].text.trim() && isParagraph(text));
@@ -139,15 +147,32 @@ function list(lines, paint, depth) {
   for (const line of lines) {
     const match = ITEM.exec(line.text);
     if (match && match[1].length <= indent.length + 1) items.push([after(line, match[0].length)]);
-    else items.at(-1).push(after(line, Math.min(/^\s*/.exec(line.text)[0].length, indent.length + marker.length + 1)));
+    else
+      items
+        .at(-1)
+        .push(
+          after(
+            line,
+            Math.min(/^\s*/.exec(line.text)[0].length, indent.length + marker.length + 1),
+          ),
+        );
   }
   const isOrdered = /\d/.test(marker);
-  return h(isOrdered ? "ol" : "ul", isOrdered ? { start: parseInt(marker, 10) } : {}, items.map((item) => {
-    const end = item.findIndex((line, i) => i > 0 && !isParagraph(line.text));
-    const head = end < 0 ? item : item.slice(0, end);
-    const isText = isParagraph(head[0].text);
-    return h("li", {}, isText ? inline(head, paint) : [], blocks(isText ? item.slice(head.length) : item, paint, depth + 1));
-  }));
+  return h(
+    isOrdered ? "ol" : "ul",
+    isOrdered ? { start: parseInt(marker, 10) } : {},
+    items.map((item) => {
+      const end = item.findIndex((line, i) => i > 0 && !isParagraph(line.text));
+      const head = end < 0 ? item : item.slice(0, end);
+      const isText = isParagraph(head[0].text);
+      return h(
+        "li",
+        {},
+        isText ? inline(head, paint) : [],
+        blocks(isText ? item.slice(head.length) : item, paint, depth + 1),
+      );
+    }),
+  );
 }
 
 function table(lines, paint) {
@@ -163,15 +188,37 @@ function table(lines, paint) {
     if (!line.text.trimStart().startsWith("|")) return found;
     return found.filter((cell, i) => cell.text || (i > 0 && i < found.length - 1));
   };
-  const row = (tag) => (line) => h("tr", {}, cells(line).map((cell) => h(tag, {}, inline([cell], paint))));
-  return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, row("th")(lines[0])), h("tbody", {}, lines.slice(2).map(row("td")))));
+  const row = (tag) => (line) =>
+    h(
+      "tr",
+      {},
+      cells(line).map((cell) => h(tag, {}, inline([cell], paint))),
+    );
+  return h(
+    "div",
+    { class: "scroll" },
+    h(
+      "table",
+      {},
+      h("thead", {}, row("th")(lines[0])),
+      h("tbody", {}, lines.slice(2).map(row("td"))),
+    ),
+  );
 }
 
 function code(lines, language, paint) {
   const { text, places } = join(lines);
-  return h("div", { class: "code" },
-    h("header", {}, language.split(/\s/)[0] || "code", copyButton(() => text)),
-    h("pre", {}, h("code", {}, paint(text, places))));
+  return h(
+    "div",
+    { class: "code" },
+    h(
+      "header",
+      {},
+      language.split(/\s/)[0] || "code",
+      copyButton(() => text),
+    ),
+    h("pre", {}, h("code", {}, paint(text, places))),
+  );
 }
 
 function join(lines) {
@@ -192,7 +239,8 @@ function spans(text, places, paint) {
   const made = [];
   let done = 0;
   for (const match of text.matchAll(INLINE)) {
-    if (match.index > done) made.push(...paint(text.slice(done, match.index), places.slice(done, match.index)));
+    if (match.index > done)
+      made.push(...paint(text.slice(done, match.index), places.slice(done, match.index)));
     made.push(...span(match, places, paint));
     done = match.index + match[0].length;
   }
@@ -206,7 +254,8 @@ function span(match, places, paint) {
     const start = match.index + offset;
     return [text, places.slice(start, start + text.length)];
   };
-  if (snippet !== undefined) return [h("code", {}, paint(...inner(snippet, match.groups.ticks.length)))];
+  if (snippet !== undefined)
+    return [h("code", {}, paint(...inner(snippet, match.groups.ticks.length)))];
   if (strong !== undefined) return [h("strong", {}, spans(...inner(strong, 2), paint))];
   if (em !== undefined) return [h("em", {}, spans(...inner(em, 1), paint))];
   if (under !== undefined) return [h("em", {}, spans(...inner(under, 1), paint))];

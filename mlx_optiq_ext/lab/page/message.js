@@ -7,7 +7,7 @@ export const SOURCES = {
   mtp: "MTP head",
   assistant: "assistant",
   draft_model: "draft model",
-  copy: "copied",
+  prompt_lookup: "copied from the context",
 };
 const LABELS = { user: "You", assistant: "Reply", tool: "Result" };
 
@@ -57,7 +57,11 @@ export function drawBody(message, page) {
     text.classList.toggle("caret", isRunning);
     const all = (message.tool_calls ?? []).filter(Boolean);
     const found = JSON.stringify([all, all.map(page.isAnswered), isRunning]);
-    if (found !== keys) replace(calls, all.map((call) => drawCall(call, message, page)));
+    if (found !== keys)
+      replace(
+        calls,
+        all.map((call) => drawCall(call, message, page)),
+      );
     keys = found;
     replace(notes, notesOf(message, page));
   };
@@ -99,12 +103,22 @@ function drawCall(call, message, page) {
     "aria-label": "Result of the call",
     placeholder: "What the tool returns",
   });
-  const send = button("Send the result", () => page.answer(call, message, text.value), { class: "small" });
+  const send = button("Send the result", () => page.answer(call, message, text.value), {
+    class: "small",
+  });
   const isOpen = !page.isAnswered(call) && !page.isLive(message);
-  return h("div", { class: "call" },
-    h("div", { class: "row spread" }, h("b", {}, `Call of ${name}`), copyButton(() => String(given))),
+  return h(
+    "div",
+    { class: "call" },
+    h(
+      "div",
+      { class: "row spread" },
+      h("b", {}, `Call of ${name}`),
+      copyButton(() => String(given)),
+    ),
     h("pre", {}, String(given)),
-    isOpen && h("div", { class: "stack" }, text, send));
+    isOpen && h("div", { class: "stack" }, text, send),
+  );
 }
 
 // Makes nodes of a text, each piece in the tint of the tokens that it came from.

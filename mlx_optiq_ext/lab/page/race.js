@@ -46,8 +46,14 @@ function drawLane(title, found, page) {
   const speed = h("div", { class: "speed" });
   const body = h("div", { class: "body" });
   const stats = h("div", { class: "stats" });
-  const element = h("div", { class: "card", "data-lane": title.toLowerCase() },
-    h("h3", {}, title), speed, body, stats);
+  const element = h(
+    "div",
+    { class: "card", "data-lane": title.toLowerCase() },
+    h("h3", {}, title),
+    speed,
+    body,
+    stats,
+  );
   let text = null;
   element.update = () => {
     const total = found.stats?.total;

@@ -1,6 +1,14 @@
 import { ago, bytes, button, clock, copyButton, fill, h, replace, toast } from "./dom.js";
 import { adopt, change, decide, form, onChange, settings, wasStarted } from "./form.js";
-import { drafters, drawDownload, drawModels, drawTags, filesOf, makeModels, markChosen } from "./models.js";
+import {
+  drafters,
+  drawDownload,
+  drawModels,
+  drawTags,
+  filesOf,
+  makeModels,
+  markChosen,
+} from "./models.js";
 import { ask, check, labTime, on, order, state } from "./store.js";
 
 const SAMPLING = { temperature: "Temperature", top_p: "Top-p", top_k: "Top-k", min_p: "Min-p" };
@@ -9,17 +17,32 @@ const parts = {};
 let isAsking = false; // whether a server may be started
 
 export function make(section) {
-  for (const name of ["now", "drafter", "verdict", "sampling", "flags", "command", "go"]) parts[name] = h("div");
-  const starting = h("div", { class: "card stack" }, h("div", {}, h("h2", {}, "Start"), parts.command), parts.go);
-  const speculation = h("div", { class: "card" }, h("h2", {}, "Speculation"), h("div", { class: "stack" }, parts.drafter, parts.verdict));
+  for (const name of ["now", "drafter", "verdict", "sampling", "flags", "command", "go"])
+    parts[name] = h("div");
+  const starting = h(
+    "div",
+    { class: "card stack" },
+    h("div", {}, h("h2", {}, "Start"), parts.command),
+    parts.go,
+  );
+  const speculation = h(
+    "div",
+    { class: "card" },
+    h("h2", {}, "Speculation"),
+    h("div", { class: "stack" }, parts.drafter, parts.verdict),
+  );
   const sampling = h("div", { class: "card" }, h("h2", {}, "Sampling"), parts.sampling);
   section.append(
     h("h1", {}, "Server"),
     h("p", { class: "dim" }, "One model at a time, with the drafter of your choice."),
     parts.now,
-    h("div", { class: "columns" },
+    h(
+      "div",
+      { class: "columns" },
       h("div", {}, makeModels(), starting),
-      h("div", {}, speculation, sampling, h("div", { class: "card stack" }, parts.flags))));
+      h("div", {}, speculation, sampling, h("div", { class: "card stack" }, parts.flags)),
+    ),
+  );
   makeControls();
   makeGo();
   listen();
@@ -61,7 +84,9 @@ function listen() {
 // Text that changes with time; the elements around it stay, so that they can be used.
 function ticking(textOf) {
   const node = document.createTextNode("");
-  const tick = () => { node.data = textOf(labTime()); };
+  const tick = () => {
+    node.data = textOf(labTime());
+  };
   tick();
   parts.ticks.push(tick);
   return node;
@@ -74,8 +99,13 @@ function drawNow() {
   if (!server) return;
   const name = server.settings?.model;
   const title = {
-    stopped: "No server is running", starting: `Loading ${name}`, ready: name, silent: `${name} does not answer`,
-    stopping: `Stopping ${name}`, waiting: `${name} ended and is started again`, failed: `${name} does not run`,
+    stopped: "No server is running",
+    starting: `Loading ${name}`,
+    ready: name,
+    silent: `${name} does not answer`,
+    stopping: `Stopping ${name}`,
+    waiting: `${name} ended and is started again`,
+    failed: `${name} does not run`,
   }[server.status];
   parts.ticks = [];
   if (server.status === "starting" && drawNow.pid === server.pid && server.pid) {
@@ -85,67 +115,208 @@ function drawNow() {
   drawNow.pid = server.status === "starting" ? server.pid : null;
   parts.progress = h("div");
   const canStop = RUNS.includes(server.status) && server.status !== "stopping";
-  replace(parts.now, h("div", { class: "card now", "data-status": server.status, id: "now" },
-    h("div", { class: "row spread" },
-      h("h2", {}, h("i", { class: "dot" }), title),
-      canStop && button("Stop", () => order("/api/stop"), { id: "stop" })),
-    server.status === "stopped" && h("p", { class: "dim" }, "Choose a model below and start it."),
-    server.status === "starting" && fill(parts.progress, loading(server)),
-    server.status === "waiting" && h("p", {}, ticking((now) => `Attempt ${server.num_restarts + 1} in ${ago(server.retry_at - now)}.`)),
-    server.problem && h("p", { class: "problem" }, server.problem),
-    server.last_lines.length > 0 && h("pre", { "aria-label": "Last lines of the log" }, server.last_lines.join("\n")),
-    ["ready", "silent"].includes(server.status) && facts(server)));
+  replace(
+    parts.now,
+    h(
+      "div",
+      { class: "card now", "data-status": server.status, id: "now" },
+      h(
+        "div",
+        { class: "row spread" },
+        h("h2", {}, h("i", { class: "dot" }), title),
+        canStop && button("Stop", () => order("/api/stop"), { id: "stop" }),
+      ),
+      server.status === "stopped" && h("p", { class: "dim" }, "Choose a model below and start it."),
+      server.status === "starting" && fill(parts.progress, loading(server)),
+      server.status === "waiting" &&
+        h(
+          "p",
+          {},
+          ticking((now) => `Attempt ${server.num_restarts + 1} in ${ago(server.retry_at - now)}.`),
+        ),
+      server.problem && h("p", { class: "problem" }, server.problem),
+      server.last_lines.length > 0 &&
+        h("pre", { "aria-label": "Last lines of the log" }, server.last_lines.join("\n")),
+      ["ready", "silent"].includes(server.status) && facts(server),
+    ),
+  );
 }
 
 function loading(server) {
-  const share = server.memory_bytes && server.expected_bytes ? Math.min(server.memory_bytes / server.expected_bytes, 1) : undefined;
+  const share =
+    server.memory_bytes && server.expected_bytes
+      ? Math.min(server.memory_bytes / server.expected_bytes, 1)
+      : undefined;
   const isBig = server.expected_bytes > 5e8; // the interpreter itself needs some
-  const memory = server.memory_bytes ? ` · ${bytes(server.memory_bytes)} of memory, weights of ${bytes(server.expected_bytes)}` : "";
-  return [h("progress", { "aria-label": "Loading", ...(isBig && share && { value: share, max: 1 }) }),
-    h("small", {}, ticking((now) => `${ago(now - server.since)}${memory}`))];
+  const memory = server.memory_bytes
+    ? ` · ${bytes(server.memory_bytes)} of memory, weights of ${bytes(server.expected_bytes)}`
+    : "";
+  return [
+    h("progress", { "aria-label": "Loading", ...(isBig && share && { value: share, max: 1 }) }),
+    h(
+      "small",
+      {},
+      ticking((now) => `${ago(now - server.since)}${memory}`),
+    ),
+  ];
 }
 
 function facts(server) {
   const { settings } = server;
-  const drafter = settings.mtp ? "MTP head" : settings.drafter ?? "none";
+  const drafters = [settings.mtp && "MTP head", settings.drafter, copies(settings) && "copying"];
+  const drafter = drafters.filter(Boolean).join(" and ") || "none";
   const number = settings.num_draft_tokens ?? "auto";
   const rows = {
     Drafter: drafter,
     "Draft tokens": drafter === "none" ? "0" : number,
     Since: ticking((now) => `${clock(server.since - state.ahead)} (${ago(now - server.since)})`),
-    Address: h("span", { class: "row" }, h("code", {}, `${server.url}/v1`), copyButton(() => `${server.url}/v1`)),
+    Address: h(
+      "span",
+      { class: "row" },
+      h("code", {}, `${server.url}/v1`),
+      copyButton(() => `${server.url}/v1`),
+    ),
   };
-  return h("dl", { class: "facts" }, Object.entries(rows).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    Object.entries(rows).map(([name, value]) =>
+      h("div", {}, h("dt", {}, name), h("dd", {}, value)),
+    ),
+  );
 }
 
 // ---- speculation
 
 function makeControls() {
-  const number = (name) => (event) => change({ [name]: event.target.value === "" ? null : Number(event.target.value) });
-  parts.mtp = h("input", { type: "checkbox", id: "mtp", onchange: (event) => change({ mtp: event.target.checked, drafter: event.target.checked ? null : form.drafter }) });
-  parts.pick = h("select", { id: "drafter", onchange: (event) => { change(event.target.value ? { drafter: event.target.value, mtp: false } : { drafter: null }); } });
-  parts.number = h("select", { id: "number", onchange: (event) => change({ num_draft_tokens: event.target.value === "auto" ? "auto" : Number(event.target.value) }) },
-    h("option", { value: "auto" }, "auto"), [1, 2, 3, 4, 5, 6, 7, 8].map((n) => h("option", { value: n }, n)));
-  parts.vocab = h("input", { type: "number", min: 1, id: "vocab", placeholder: "all tokens", onchange: number("draft_vocab") });
-  replace(parts.drafter, h("div", { class: "stack" },
-    h("label", { class: "tick" }, parts.mtp, h("span", {}, "MTP head", h("small", {}, "The model drafts with a head in its own weights."))),
-    h("div", { class: "field" }, h("label", { for: "drafter" }, "Drafter"), parts.pick),
-    h("div", { class: "fields" },
-      h("div", { class: "field" }, h("label", { for: "number" }, "Draft tokens"), parts.number),
-      h("div", { class: "field" }, h("label", { for: "vocab" }, "Draft vocabulary"), parts.vocab))));
-  parts.fields = Object.fromEntries(Object.keys(SAMPLING).map((name) => [name, h("input", {
-    type: "number", step: "any", min: 0, id: `sampling-${name}`,
-    onchange: (event) => change({ sampling: { ...form.sampling, [name]: event.target.value === "" ? null : Number(event.target.value) } }),
-  })]));
-  parts.recommended = h("input", { type: "checkbox", id: "recommended", onchange: (event) => change({ recommended: event.target.checked }) });
+  const number = (name) => (event) =>
+    change({ [name]: event.target.value === "" ? null : Number(event.target.value) });
+  parts.mtp = h("input", {
+    type: "checkbox",
+    id: "mtp",
+    onchange: (event) =>
+      change({ mtp: event.target.checked, drafter: event.target.checked ? null : form.drafter }),
+  });
+  parts.pick = h("select", {
+    id: "drafter",
+    onchange: (event) => {
+      change(event.target.value ? { drafter: event.target.value, mtp: false } : { drafter: null });
+    },
+  });
+  parts.number = h(
+    "select",
+    {
+      id: "number",
+      onchange: (event) =>
+        change({
+          num_draft_tokens: event.target.value === "auto" ? "auto" : Number(event.target.value),
+        }),
+    },
+    h("option", { value: "auto" }, "auto"),
+    [1, 2, 3, 4, 5, 6, 7, 8].map((n) => h("option", { value: n }, n)),
+  );
+  parts.vocab = h("input", {
+    type: "number",
+    min: 1,
+    id: "vocab",
+    placeholder: "all tokens",
+    onchange: number("draft_vocab"),
+  });
+  replace(
+    parts.drafter,
+    h(
+      "div",
+      { class: "stack" },
+      h(
+        "label",
+        { class: "tick" },
+        parts.mtp,
+        h(
+          "span",
+          {},
+          "MTP head",
+          h("small", {}, "The model drafts with a head in its own weights."),
+        ),
+      ),
+      h("div", { class: "field" }, h("label", { for: "drafter" }, "Drafter"), parts.pick),
+      h(
+        "div",
+        { class: "fields" },
+        h("div", { class: "field" }, h("label", { for: "number" }, "Draft tokens"), parts.number),
+        h("div", { class: "field" }, h("label", { for: "vocab" }, "Draft vocabulary"), parts.vocab),
+      ),
+    ),
+  );
+  parts.fields = Object.fromEntries(
+    Object.keys(SAMPLING).map((name) => [
+      name,
+      h("input", {
+        type: "number",
+        step: "any",
+        min: 0,
+        id: `sampling-${name}`,
+        onchange: (event) =>
+          change({
+            sampling: {
+              ...form.sampling,
+              [name]: event.target.value === "" ? null : Number(event.target.value),
+            },
+          }),
+      }),
+    ]),
+  );
+  parts.recommended = h("input", {
+    type: "checkbox",
+    id: "recommended",
+    onchange: (event) => change({ recommended: event.target.checked }),
+  });
   parts.recommendation = h("small");
-  replace(parts.sampling, h("div", { class: "stack" },
-    h("label", { class: "tick" }, parts.recommended, h("span", {}, "As the model recommends", parts.recommendation)),
-    h("div", { class: "fields" }, Object.entries(SAMPLING).map(([name, text]) =>
-      h("div", { class: "field" }, h("label", { for: `sampling-${name}` }, text), parts.fields[name])))));
-  parts.port = h("input", { type: "number", id: "port", min: 1024, max: 65535, onchange: number("port") });
-  parts.key = h("input", { id: "key", placeholder: "none", autocomplete: "off", spellcheck: "false", onchange: (event) => change({ api_key: event.target.value }) });
-  parts.origins = h("input", { id: "origins", placeholder: "none", autocomplete: "off", spellcheck: "false", onchange: (event) => change({ origins: event.target.value.replaceAll(" ", "") }) });
+  replace(
+    parts.sampling,
+    h(
+      "div",
+      { class: "stack" },
+      h(
+        "label",
+        { class: "tick" },
+        parts.recommended,
+        h("span", {}, "As the model recommends", parts.recommendation),
+      ),
+      h(
+        "div",
+        { class: "fields" },
+        Object.entries(SAMPLING).map(([name, text]) =>
+          h(
+            "div",
+            { class: "field" },
+            h("label", { for: `sampling-${name}` }, text),
+            parts.fields[name],
+          ),
+        ),
+      ),
+    ),
+  );
+  parts.port = h("input", {
+    type: "number",
+    id: "port",
+    min: 1024,
+    max: 65535,
+    onchange: number("port"),
+  });
+  parts.key = h("input", {
+    id: "key",
+    placeholder: "none",
+    autocomplete: "off",
+    spellcheck: "false",
+    onchange: (event) => change({ api_key: event.target.value }),
+  });
+  parts.origins = h("input", {
+    id: "origins",
+    placeholder: "none",
+    autocomplete: "off",
+    spellcheck: "false",
+    onchange: (event) => change({ origins: event.target.value.replaceAll(" ", "") }),
+  });
   makeFlags();
 }
 
@@ -154,20 +325,60 @@ function makeFlags() {
   const one = (flag) => {
     const give = (value) => change({ flags: { ...form.flags, [flag.name]: value } });
     const id = `flag${flag.name}`;
-    const input = flag.value === null ? h("input", { type: "checkbox", id, onchange: (event) => give(event.target.checked) })
-      : flag.choices.length ? h("select", { id, onchange: (event) => give(event.target.value) }, h("option", { value: "" }, "default"), flag.choices.map((each) => h("option", {}, each)))
-        : h("input", { id, placeholder: "default", onchange: (event) => give(event.target.value.trim()) });
+    const input =
+      flag.value === null
+        ? h("input", { type: "checkbox", id, onchange: (event) => give(event.target.checked) })
+        : flag.choices.length
+          ? h(
+              "select",
+              { id, onchange: (event) => give(event.target.value) },
+              h("option", { value: "" }, "default"),
+              flag.choices.map((each) => h("option", {}, each)),
+            )
+          : h("input", {
+              id,
+              placeholder: "default",
+              onchange: (event) => give(event.target.value.trim()),
+            });
     parts.flagInputs[flag.name] = input;
-    if (flag.value === null) return h("label", { class: "tick" }, input, h("span", {}, h("code", {}, flag.name), h("small", {}, flag.text)));
-    return h("div", { class: "field" }, h("label", { for: id }, h("code", {}, flag.name)), input, h("small", {}, flag.text));
+    if (flag.value === null)
+      return h(
+        "label",
+        { class: "tick" },
+        input,
+        h("span", {}, h("code", {}, flag.name), h("small", {}, flag.text)),
+      );
+    return h(
+      "div",
+      { class: "field" },
+      h("label", { for: id }, h("code", {}, flag.name)),
+      input,
+      h("small", {}, flag.text),
+    );
   };
   const isOpen = parts.flags.querySelector("details")?.open;
-  replace(parts.flags,
-    h("div", { class: "fields" },
+  replace(
+    parts.flags,
+    h(
+      "div",
+      { class: "fields" },
       h("div", { class: "field" }, h("label", { for: "port" }, "Port"), parts.port),
       h("div", { class: "field" }, h("label", { for: "key" }, "API key"), parts.key),
-      h("div", { class: "field" }, h("label", { for: "origins" }, "Web pages that may ask"), parts.origins)),
-    state.flags.length > 0 && h("details", { open: isOpen }, h("summary", {}, "More of the server's flags"), h("div", { class: "stack" }, state.flags.map(one))));
+      h(
+        "div",
+        { class: "field" },
+        h("label", { for: "origins" }, "Web pages that may ask"),
+        parts.origins,
+      ),
+    ),
+    state.flags.length > 0 &&
+      h(
+        "details",
+        { open: isOpen },
+        h("summary", {}, "More of the server's flags"),
+        h("div", { class: "stack" }, state.flags.map(one)),
+      ),
+  );
   fillControls();
 }
 
@@ -175,8 +386,13 @@ function fillControls() {
   parts.mtp.checked = form.mtp;
   parts.number.value = String(form.num_draft_tokens ?? "auto");
   drawDrafters();
-  for (const [input, value] of [[parts.vocab, form.draft_vocab], [parts.port, form.port], [parts.key, form.api_key], [parts.origins, form.origins],
-    ...Object.entries(parts.fields).map(([name, each]) => [each, form.sampling?.[name]])])
+  for (const [input, value] of [
+    [parts.vocab, form.draft_vocab],
+    [parts.port, form.port],
+    [parts.key, form.api_key],
+    [parts.origins, form.origins],
+    ...Object.entries(parts.fields).map(([name, each]) => [each, form.sampling?.[name]]),
+  ])
     if (document.activeElement !== input) input.value = value ?? "";
   for (const [name, input] of Object.entries(parts.flagInputs ?? {})) {
     const value = form.flags?.[name];
@@ -188,13 +404,24 @@ function fillControls() {
 
 function drawDrafters() {
   const likely = drafters(form.model);
-  const option = (model) => h("option", { value: model.name }, model.kind === "model" ? model.name : `${model.name} (${model.kind})`);
-  const others = (state.models ?? []).filter((each) => each.name !== form.model && !likely.includes(each));
+  const option = (model) =>
+    h(
+      "option",
+      { value: model.name },
+      model.kind === "model" ? model.name : `${model.name} (${model.kind})`,
+    );
+  const others = (state.models ?? []).filter(
+    (each) => each.name !== form.model && !likely.includes(each),
+  );
   const key = JSON.stringify([form.model, likely.map((m) => m.name), others.map((m) => m.name)]);
   if (drawDrafters.key !== key) {
     drawDrafters.key = key;
-    replace(parts.pick, h("option", { value: "" }, "none"), likely.map(option),
-      others.length > 0 && h("optgroup", { label: "Other families" }, others.map(option)));
+    replace(
+      parts.pick,
+      h("option", { value: "" }, "none"),
+      likely.map(option),
+      others.length > 0 && h("optgroup", { label: "Other families" }, others.map(option)),
+    );
   }
   parts.pick.value = form.drafter ?? "";
 }
@@ -216,22 +443,82 @@ function drawVerdict() {
 function asked(found) {
   if (!found) return [h("p", { class: "note" }, "doctor is looking at it…")];
   if (!found.works)
-    return [h("p", { class: "note bad" }, h("b", {}, "Will not be started. "), found.problem, found.to_do && found.to_do !== found.problem ? ` ${found.to_do}` : "")];
+    return [
+      h(
+        "p",
+        { class: "note bad" },
+        h("b", {}, "Will not be started. "),
+        found.problem,
+        found.to_do && found.to_do !== found.problem ? ` ${found.to_do}` : "",
+      ),
+    ];
   const { drafter, memory } = found;
   const place = drafter.files ? ` in ${filesOf(drafter)}` : "";
-  const perToken = memory.drafter_bytes_per_token ? `, ${bytes(memory.drafter_bytes_per_token * 1000)} more for each 1000 tokens` : "";
+  const perToken = memory.drafter_bytes_per_token
+    ? `, ${bytes(memory.drafter_bytes_per_token * 1000)} more for each 1000 tokens`
+    : "";
   const device = memory.device_bytes ? ` of ${bytes(memory.device_bytes)} here` : "";
-  return [h("p", { class: "note good" }, h("b", {}, `${drafter.kind} found, it fits.`), place && ` It is${place}.`,
-    h("br"), h("small", {}, `Memory: model ${bytes(memory.model_bytes)}, drafter ${bytes(memory.drafter_bytes)}${perToken}${device}.`))];
+  return [
+    h(
+      "p",
+      { class: "note good" },
+      h("b", {}, `${drafter.kind} found, it fits.`),
+      place && ` It is${place}.`,
+      h("br"),
+      h(
+        "small",
+        {},
+        `Memory: model ${bytes(memory.model_bytes)}, drafter ${bytes(memory.drafter_bytes)}${perToken}${device}.`,
+      ),
+    ),
+  ];
 }
 
+const copies = (settings) => settings.flags?.["--prompt-lookup"] === true;
+
 function off(own) {
-  const fits = drafters(form.model).filter((each) => each.kind === "assistant" && check(form.model, each.name)?.works);
-  const use = fits.map((each) => button(`Use ${each.name}`, () => change({ drafter: each.name, mtp: false }), { class: "small" }));
+  if (copies(form))
+    return [
+      h(
+        "p",
+        { class: "note good" },
+        h("b", {}, "Copying only. "),
+        "What followed the last tokens before is drafted; no drafter is used.",
+      ),
+    ];
+  const fits = drafters(form.model).filter(
+    (each) => each.kind === "assistant" && check(form.model, each.name)?.works,
+  );
+  const use = fits.map((each) =>
+    button(`Use ${each.name}`, () => change({ drafter: each.name, mtp: false }), {
+      class: "small",
+    }),
+  );
   if (!own) return [h("p", { class: "note" }, "doctor is looking at it…")];
-  if (own.works) return [h("p", { class: "note" }, h("b", {}, "Speculation is off. "), "An MTP head was found: tick it."),
-    h("div", {}, button("Use the MTP head", () => change({ mtp: true, drafter: null }), { class: "small" }))];
-  if (use.length) return [h("p", { class: "note" }, h("b", {}, "Speculation is off. "), "An assistant that fits is here:"), h("div", {}, use)];
+  if (own.works)
+    return [
+      h(
+        "p",
+        { class: "note" },
+        h("b", {}, "Speculation is off. "),
+        "An MTP head was found: tick it.",
+      ),
+      h(
+        "div",
+        {},
+        button("Use the MTP head", () => change({ mtp: true, drafter: null }), { class: "small" }),
+      ),
+    ];
+  if (use.length)
+    return [
+      h(
+        "p",
+        { class: "note" },
+        h("b", {}, "Speculation is off. "),
+        "An assistant that fits is here:",
+      ),
+      h("div", {}, use),
+    ];
   return [h("p", { class: "note" }, h("b", {}, "Speculation is off. "), own.to_do ?? own.problem)];
 }
 
@@ -240,8 +527,12 @@ function drawSampling() {
   if (!model) return;
   const isImplied = form.mtp || form.drafter !== null;
   const names = { ...SAMPLING, repetition_penalty: "repetition penalty" };
-  const listed = Object.entries(model.sampling).map(([name, value]) => `${names[name].toLowerCase()} ${value}`).join(", ");
-  const text = model.is_greedy ? "greedy, no sampling" : listed || "nothing: its generation_config.json says nothing";
+  const listed = Object.entries(model.sampling)
+    .map(([name, value]) => `${names[name].toLowerCase()} ${value}`)
+    .join(", ");
+  const text = model.is_greedy
+    ? "greedy, no sampling"
+    : listed || "nothing: its generation_config.json says nothing";
   parts.recommendation.textContent = `${model.name.split("/").pop()} recommends ${text}.${isImplied ? " A drafter implies it." : ""}`;
   parts.recommended.checked = form.recommended || isImplied;
   for (const [name, input] of Object.entries(parts.fields)) {
@@ -258,7 +549,12 @@ async function drawCommand() {
   let content;
   try {
     const { command } = await ask("/api/command", settings());
-    content = h("div", { class: "command" }, h("pre", { id: "command", "aria-label": "Command line" }, command), copyButton(() => command));
+    content = h(
+      "div",
+      { class: "command" },
+      h("pre", { id: "command", "aria-label": "Command line" }, command),
+      copyButton(() => command),
+    );
   } catch (error) {
     content = h("p", { class: "problem", id: "command" }, error.message);
   }

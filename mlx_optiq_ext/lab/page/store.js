@@ -2,8 +2,15 @@
 import { toast } from "./dom.js";
 
 export const state = {
-  server: null, models: null, checks: new Map(), flags: [], samples: [],
-  log: [], bench: null, download: null, isConnected: false,
+  server: null,
+  models: null,
+  checks: new Map(),
+  flags: [],
+  samples: [],
+  log: [],
+  bench: null,
+  download: null,
+  isConnected: false,
   ahead: 0, // seconds that the Lab's clock is ahead of the browser's, which may be elsewhere
 };
 
@@ -29,15 +36,34 @@ const receive = {
     state.server = data;
     state.ahead = data.now - Date.now() / 1000;
   },
-  models(data) { state.models = data; state.checks.clear(); },
-  flags(data) { state.flags = data; },
-  check(data) { state.checks.set(pair(data.name, data.drafter_name), data); },
-  lines(data) { state.log = data; },
-  log(data) { state.log = [...state.log, ...data].slice(-MAX_LINES); },
-  samples(data) { state.samples = data; },
-  sample(data) { state.samples = [...state.samples, data].slice(-MAX_SAMPLES); },
-  bench(data) { state.bench = data; },
-  download(data) { state.download = data; },
+  models(data) {
+    state.models = data;
+    state.checks.clear();
+  },
+  flags(data) {
+    state.flags = data;
+  },
+  check(data) {
+    state.checks.set(pair(data.name, data.drafter_name), data);
+  },
+  lines(data) {
+    state.log = data;
+  },
+  log(data) {
+    state.log = [...state.log, ...data].slice(-MAX_LINES);
+  },
+  samples(data) {
+    state.samples = data;
+  },
+  sample(data) {
+    state.samples = [...state.samples, data].slice(-MAX_SAMPLES);
+  },
+  bench(data) {
+    state.bench = data;
+  },
+  download(data) {
+    state.download = data;
+  },
 };
 
 export function connect() {
@@ -47,8 +73,14 @@ export function connect() {
       take(JSON.parse(event.data));
       emit(name);
     });
-  source.onopen = () => { state.isConnected = true; emit("connection"); };
-  source.onerror = () => { state.isConnected = false; emit("connection"); };
+  source.onopen = () => {
+    state.isConnected = true;
+    emit("connection");
+  };
+  source.onerror = () => {
+    state.isConnected = false;
+    emit("connection");
+  };
 }
 
 export async function ask(path, body = {}) {
@@ -78,7 +110,9 @@ export function check(model, drafter = null) {
   const key = pair(model, drafter);
   if (!state.checks.has(key) && drafter !== null && !check.asked.has(key)) {
     check.asked.add(key);
-    ask("/api/check", { model, drafter }).catch(() => null).finally(() => check.asked.delete(key));
+    ask("/api/check", { model, drafter })
+      .catch(() => null)
+      .finally(() => check.asked.delete(key));
   }
   return state.checks.get(key);
 }

@@ -179,7 +179,7 @@ READERS: dict[str, Callable[[Block, str], list[Part]]] = {
     "tool_reference": _read_tool_reference,
 }
 
-# What ran on the vendor's own servers, or nobody else can read.
+# Blocks of what ran on the vendor's own servers, which nobody else can read.
 VENDOR_BLOCKS = ("compaction", "container_upload", "redacted_thinking")
 VENDOR_ENDINGS = ("_tool_use", "_tool_result")  # of web searches, MCP and the like
 

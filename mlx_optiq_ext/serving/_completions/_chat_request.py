@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from .._conversation import (
+    image_part,
     log_dropped_tools,
     pick_tools,
     read_arguments,
+    text_part,
     without_billing_line,
 )
 from .._errors import bad_request
@@ -99,7 +101,7 @@ def _read_part(part: Message, path: str) -> Message:
     if kind in TEXT_KINDS:
         return part | {"type": "text", "text": required(part, "text", str, path)}
     if kind == "refusal":
-        return {"type": "text", "text": required(part, "refusal", str, path)}
+        return text_part(required(part, "refusal", str, path))
     if kind not in IMAGE_KINDS:
         raise bad_request(
             f"{path}type: {kind!r} is not supported here", param=f"{path}type"
@@ -108,7 +110,7 @@ def _read_part(part: Message, path: str) -> Message:
     url = source.get("url") if isinstance(source, dict) else source
     if not isinstance(url, str):
         raise bad_request(f"{path}image_url: expected a URL", param=f"{path}image_url")
-    return {"type": "image_url", "image_url": {"url": url}}
+    return image_part(url)
 
 
 def _read_call(call: Message, path: str) -> Message:

@@ -42,7 +42,7 @@ class CompletionReply:
         self._request = request
         self._usage = usage
         self._choices: list[Body] = []
-        # Those of tokens that went with no piece yet.
+        # Tokens that no piece has been sent for yet.
         self._tokens: list[Token] = []
         self._sources: list[Body] = []
         self._head = {
@@ -105,7 +105,7 @@ class CompletionReply:
         yield openai_body(error)
 
     def keep_alive(self) -> None:
-        """None of the API's pieces says nothing."""
+        """The API has no piece that says nothing: a comment keeps a stream alive."""
 
     def result(self) -> Body:
         """The whole reply, once the ends of all choices were fed."""

@@ -72,7 +72,7 @@ def _parser_name(parser: Parser | None) -> str:
 
 
 def _transitions(tokenizer: Any) -> Transitions:
-    """As mlx-lm's server makes them."""
+    """The transitions that mlx-lm's server makes for a tokenizer."""
     own: Transitions = getattr(tokenizer, "response_transitions", {})
     transitions: Transitions = {"normal": [], "reasoning": []}
     if tokenizer.has_thinking:

@@ -88,7 +88,7 @@ def read_reply(
     """The events of a reply; the last is an `End`.
 
     Args:
-        responses (Iterable): One for each token.
+        responses (Iterable): A response for each token.
         reading (Reading): How to read them.
         usage (Usage): Counts the tokens.
 

@@ -17,7 +17,7 @@ class Declarations:
     """The arguments of a request's tools.
 
     Args:
-        tools (list[dict], optional): As chat templates take them.
+        tools (list[dict], optional): The tools, in the form that chat templates take.
     """
 
     def __init__(self, tools: list[dict[str, Any]] | None):
@@ -132,12 +132,19 @@ def read_bare(text: str) -> Any:
 
 
 def load_json(text: str) -> Any:
-    """As ``json.loads``, but line breaks may be in strings and NaN is refused."""
-    return json.loads(text, strict=False, parse_constant=_refuse)
+    """Read JSON whose strings may have line breaks; a number has to be finite."""
+    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r} is no JSON")
+    return number
 
 
 def _read_integer(text: str) -> int:
@@ -154,10 +161,7 @@ def _read_number(text: str) -> int | float:
     try:
         return _read_integer(text)
     except (ValueError, OverflowError):
-        number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text!r} is no JSON")
-    return number
+        return _finite(text)
 
 
 def _read_boolean(text: str) -> bool:

@@ -117,7 +117,7 @@ class Source:
             yield None
 
     def through(self, make: Make, endings: Sequence[str]) -> Steps[str]:
-        """As `pass_on`, where one of the endings has to come.
+        """Do the same as `pass_on`, where one of the endings has to come.
 
         Raises:
             EndOfText: If none does.
@@ -127,7 +127,7 @@ class Source:
         raise EndOfText
 
     def before(self, make: Make, endings: Sequence[str]) -> Steps[None]:
-        """As `through`, but the ending is left where it is."""
+        """Do the same as `through`, but leave the ending where it is."""
         ending = yield from self.through(make, endings)
         self.back(len(ending))
 

@@ -24,7 +24,7 @@ CALLS = ("function_call", "custom_tool_call")
 OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
-# What ran on the vendor's own servers, or has been left there: nobody else can read it.
+# Items of what ran on the vendor's own servers, which nobody else can read.
 VENDOR_ITEMS = ("compaction", "compaction_summary", "compaction_trigger")
 VENDOR_STARTS = ("mcp_", "tool_search_")
 VENDOR_ENDINGS = ("_call", "_call_output")
@@ -146,7 +146,7 @@ def is_reference(item: Item) -> bool:
 
 
 def page(items: list[Item], query: dict[str, list[str]]) -> Item:
-    """One page of a list of items, as ``input_items`` answers it.
+    """One page of a list of items, in the form of the route ``input_items``.
 
     Args:
         items (list[dict]): All of them, the oldest first.

@@ -49,8 +49,8 @@ class ResponseReply:
         self._request = request
         self._num_events = 0
         self._is_open = False
-        # Those of tokens of which no text was sent yet.
-        self._logprobs: list[Body] = []
+        # Tokens whose text has not been sent yet.
+        self._tokens: list[Token] = []
         self._response: Body = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -81,7 +81,7 @@ class ResponseReply:
         elif isinstance(event, Call):
             yield from self._call(event)
         elif isinstance(event, Token):
-            self._logprobs.append(logprob_entry(event))
+            self._tokens.append(event)
         elif isinstance(event, End):
             yield from self._end(event)
 
@@ -103,7 +103,7 @@ class ResponseReply:
         yield self._event("response.failed", response=self._snapshot())
 
     def keep_alive(self) -> None:
-        """None of the API's events says nothing."""
+        """The API has no event that says nothing: a comment keeps a stream alive."""
 
     @property
     def _output(self) -> list[Body]:
@@ -117,6 +117,7 @@ class ResponseReply:
                 "annotations": [],
                 "logprobs": [],
             }
+            self._tokens = tokens_of(text, self._tokens)
             yield from self._open("message", "msg", content=[], role="assistant")
             yield from self._open_part(part)
         logprobs = self._take_logprobs()
@@ -130,11 +131,12 @@ class ResponseReply:
         )
 
     def _take_logprobs(self) -> list[Body]:
-        logprobs, self._logprobs = self._logprobs, []
-        return logprobs if self._request.request.gives_logprobs else []
+        tokens, self._tokens = self._tokens, []
+        is_asked = self._request.request.gives_logprobs
+        return [logprob_entry(token) for token in tokens] if is_asked else []
 
     def _thought(self, text: str) -> Iterator[Body]:
-        self._logprobs.clear()
+        self._tokens.clear()
         if not self._is_in("reasoning"):
             yield from self._open(
                 "reasoning", "rs", summary=[], content=[], encrypted_content=None
@@ -159,7 +161,7 @@ class ResponseReply:
             yield self._item_event("response.function_call_arguments.delta", delta=text)
 
     def _call(self, call: Call) -> Iterator[Body]:
-        self._logprobs.clear()
+        self._tokens.clear()
         is_custom = self._is_in("custom_tool_call")
         field, events = CALL_FIELDS[self._item["type"]]
         if is_custom:
@@ -278,6 +280,14 @@ class ResponseReply:
             "output_tokens_details": {"reasoning_tokens": usage.num_thinking_tokens},
             "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
         }
+
+
+def tokens_of(text: str, tokens: list[Token]) -> list[Token]:
+    """The tokens that a text begins with, without those of markers before it."""
+    spellings = [token.text for token in tokens]
+    while text in "".join(spellings[1:]):
+        del spellings[0]
+    return tokens[len(tokens) - len(spellings) :]
 
 
 def _named(tool: ToolName) -> Body:

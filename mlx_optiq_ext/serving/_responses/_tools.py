@@ -54,7 +54,12 @@ class ToolBox:
         log_dropped_tools(self._dropped)
 
     def client_name(self, name: str) -> ToolName:
-        return self._names.get(name, ToolName(name))
+        """What the client calls the tool that the model calls so."""
+        if name in self._names:
+            return self._names[name]
+        # Models leave the namespace out now and then.
+        members = [tool for tool in self._names.values() if tool.name == name]
+        return members[0] if len(members) == 1 else ToolName(name)
 
     def choose(self, body: Body, request: Request) -> None:
         """Offer the tools that ``tool_choice`` leaves."""
