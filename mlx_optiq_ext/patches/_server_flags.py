@@ -19,8 +19,8 @@ RECOMMENDED_HELP = (
 )
 API_KEY_HELP = (
     "Key that requests must have, as a bearer token or as x-api-key. Other users of "
-    f"this machine can read it here; the environment variable {API_KEY_VARIABLE}, which "
-    "is the default, keeps it from them"
+    f"this machine can read it here; {API_KEY_VARIABLE} of the environment, which is "
+    "the default, keeps it from them"
 )
 REMOTE_IMAGES_HELP = (
     "Fetch images that requests name by http(s) URLs, from public addresses only. "

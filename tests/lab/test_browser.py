@@ -517,7 +517,7 @@ def test_an_unknown_page_is_the_first_one(page, lab, name):
         '{"messages": [{"role": "assistant", "sources": 3, "stats": {}, "race": {}}]}',
         '{"messages": [{"role": "assistant", "tool_calls": [{}, null]}], "at": "x"}',
         '{"messages": [{"role": "user"}], "system": null, "tools": 3}',
-        '[{"id": "1", "at": 1, "model": "a", "drafter": "b", "result": {"depths": {}}}]',
+        '[{"id": "1", "at": 1, "model": "a", "drafter": "b", "result": {}}]',
     ],
 )
 def test_whatever_is_in_the_store_of_the_browser_the_page_works(page, text):

@@ -81,6 +81,13 @@ function listen() {
   on("download", drawDownload);
 }
 
+function drawAll() {
+  drawVerdict();
+  drawSampling();
+  drawCommand();
+  drawGo();
+}
+
 // Text that changes with time; the elements around it stay, so that they can be used.
 function ticking(textOf) {
   const node = document.createTextNode("");
@@ -163,8 +170,8 @@ function loading(server) {
 
 function facts(server) {
   const { settings } = server;
-  const drafters = [settings.mtp && "MTP head", settings.drafter, copies(settings) && "copying"];
-  const drafter = drafters.filter(Boolean).join(" and ") || "none";
+  const named = [settings.mtp && "MTP head", settings.drafter, copies(settings) && "copying"];
+  const drafter = named.filter(Boolean).join(" and ") || "none";
   const number = settings.num_draft_tokens ?? "auto";
   const rows = {
     Drafter: drafter,
