@@ -10,6 +10,7 @@ DraftVocab = int | str | os.PathLike[str]
 MAX_DRAFT_TOKENS = 8
 # Bits that an MTP head may be kept in; 0 leaves it as it is stored.
 MTP_BITS = (0, 2, 3, 4, 5, 6, 8)
+API_KEY_VARIABLE = "MLX_OPTIQ_EXT_API_KEY"  # of the environment of a server
 
 NumDraftTokens = int | Literal["auto"]
 

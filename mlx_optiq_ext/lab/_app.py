@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from ._chat import Reply, read_request
+from ._answers import answer, problem
+from ._chat import NOT_READY, Reply, read_request
 from ._lab import Lab, Refused
 from ._supervisor import PortInUse, Status, free_port
 
@@ -26,9 +26,8 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 MAX_BODY_BYTES = 8 << 20
-NOT_READY = "no server is ready: start one on the Server page"
 
-Answer = Callable[[Request], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response | Reply]]
 
 
 def make_app(lab: Lab) -> Starlette:
@@ -73,45 +72,44 @@ def _files() -> list[tuple[str, bytes, str]]:
     ]
 
 
-def _file(content: bytes, kind: str) -> Answer:
-    async def answer(_: Request) -> Response:
+def _file(content: bytes, kind: str) -> Endpoint:
+    async def send(_: Request) -> Response:
         return Response(content, media_type=kind)
 
-    return answer
+    return send
 
 
-def _events(lab: Lab) -> Answer:
-    async def answer(_: Request) -> Response:
-        stream = lab.feed.stream(lab.snapshot())
+def _events(lab: Lab) -> Endpoint:
+    async def send(_: Request) -> Response:
+        stream = lab.feed.stream(lab.snapshot)
         return StreamingResponse(stream, media_type="text/event-stream")
 
-    return answer
+    return send
 
 
-def _json(act: Callable[[Lab, Any], Awaitable[Any]], lab: Lab) -> Answer:
+def _json(act: Callable[[Lab, Any], Awaitable[Any]], lab: Lab) -> Endpoint:
     """Answer with what an action returns for a body, or why it does not."""
 
-    async def answer(request: Request) -> Response:
-        if request.headers.get("content-type") != "application/json":
-            return _problem(415, "expected application/json")
+    async def act_on(request: Request) -> Response | Reply:
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if kind.strip().lower() != "application/json":
+            return problem(415, "expected application/json")
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY_BYTES:
-                return _problem(413, f"expected at most {MAX_BODY_BYTES} bytes")
+                return problem(413, f"expected at most {MAX_BODY_BYTES} bytes")
         try:
             found = await act(lab, json.loads(body))
         except (Refused, PortInUse) as error:
-            return _problem(409, str(error))
+            return problem(409, str(error))
+        except RecursionError:
+            return problem(400, "expected a body that is not nested so deeply")
         except ValueError as error:
-            return _problem(400, str(error))
-        return found if isinstance(found, Response) else JSONResponse(found)
+            return problem(400, str(error))
+        return found if isinstance(found, Reply) else answer(found)
 
-    return answer
-
-
-def _problem(status: int, message: str) -> Response:
-    return JSONResponse({"error": {"message": message}}, status)
+    return act_on
 
 
 async def _command(lab: Lab, body: Any) -> Any:
@@ -129,7 +127,7 @@ async def _start(lab: Lab, body: Any) -> Any:
 
 
 async def _stop(lab: Lab, _: Any) -> Any:
-    await lab.supervisor.stop()
+    await lab.stop()
     return {}
 
 
@@ -143,7 +141,7 @@ async def _models(lab: Lab, _: Any) -> Any:
 
 
 async def _bench(lab: Lab, body: Any) -> Any:
-    await lab.start_bench(body)
+    lab.start_bench(body)
     return {}
 
 
@@ -162,14 +160,9 @@ async def _stop_download(lab: Lab, _: Any) -> Any:
     return {}
 
 
-async def _chat(lab: Lab, body: Any) -> Any:
+async def _chat(lab: Lab, body: Any) -> Reply:
     request = read_request(body)
     launch = lab.supervisor.launch
     if launch is None or lab.supervisor.state.status != Status.READY:
         raise Refused(NOT_READY)
-    reply = Reply(lab.client, launch, request)
-    try:
-        status, content_type = await reply.open()
-    except httpx2.TransportError as error:
-        raise Refused(NOT_READY) from error
-    return StreamingResponse(reply.read(), status, media_type=content_type)
+    return Reply(lab.client, launch, request)

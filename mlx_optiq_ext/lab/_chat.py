@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx2
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from ._answers import problem
 from ._launch import Launch
 
+NOT_READY = "no server is ready: start one on the Server page"
 ROLES = ("system", "user", "assistant", "tool")
 # Others could name a model, an adapter or a file.
 FIELDS = (
@@ -57,12 +63,17 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 class Reply:
-    """A reply of the server, as it comes.
+    """A reply of the server, as an application that passes it on to a page.
+
+    It is ended when the page leaves, which may be before it has begun.
 
     Args:
         client (AsyncClient): To ask with.
         launch (Launch): Of the server.
         request (dict): Of ``read_request``.
+
+    Raises:
+        ValueError: If the request cannot be expressed as JSON.
     """
 
     def __init__(
@@ -75,28 +86,41 @@ class Reply:
             json=request,
             headers=launch.headers,
         )
-        self._response: httpx2.Response | None = None
 
-    async def open(self) -> tuple[int, str]:
-        """Wait for the head of the reply.
-
-        Returns:
-            tuple: The status and the type of the content.
-
-        Raises:
-            TransportError: If there is no server any more.
-        """
-        self._response = await self._client.send(self._request, stream=True)
-        content_type = self._response.headers.get("content-type", "text/plain")
-        return self._response.status_code, content_type
-
-    async def read(self) -> AsyncIterator[bytes]:
-        """The parts of the reply; a reader that leaves ends the request."""
-        assert self._response is not None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        passing = asyncio.create_task(self._pass_on(scope, receive, send))
+        leaving = asyncio.create_task(_has_left(receive))
+        tasks = {passing, leaving}
         try:
-            async for part in self._response.aiter_raw():
-                yield part
-        except httpx2.TransportError:
-            yield b'data: {"error": {"message": "the server ended in between"}}\n\n'
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await self._response.aclose()
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        if not passing.cancelled():
+            passing.result()
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._client.send(self._request, stream=True)
+        except httpx2.TransportError:
+            await problem(409, NOT_READY)(scope, receive, send)
+            return
+        async with contextlib.aclosing(response):
+            kind = response.headers.get("content-type", "text/plain")
+            parts = _parts(response)
+            answer = StreamingResponse(parts, response.status_code, media_type=kind)
+            await answer.stream_response(send)
+
+
+async def _parts(response: httpx2.Response) -> AsyncIterator[bytes]:
+    try:
+        async for part in response.aiter_raw():
+            yield part
+    except httpx2.TransportError:
+        yield b'data: {"error": {"message": "the server ended in between"}}\n\n'
+
+
+async def _has_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

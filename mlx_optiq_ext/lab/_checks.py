@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from ._feed import Feed
 from ._launch import Launch
-from ._models import MODEL, LocalModel
-from ._process import Child
+from ._models import MODEL, LocalModel, Version
+from ._process import Child, describe_exit
 
 Report = dict[str, Any]
 Pair = tuple[str, str | None]  # the names of a model and of a drafter, None for its own
 
 
 class Checks:
-    """Asks ``doctor`` about each pair of model and drafter once, one after the other.
+    """Asks ``doctor`` about each pair of model and drafter, one after the other.
+
+    It is asked again about a pair when files of it have changed.
 
     Args:
         feed (Feed): Is told each answer.
@@ -26,7 +27,8 @@ class Checks:
 
     def __init__(self, feed: Feed):
         self._feed = feed
-        self._answers: dict[Pair, asyncio.Future[Report]] = {}
+        self._answers: dict[Pair, asyncio.Task[Report]] = {}
+        self._versions: dict[Pair, list[Version]] = {}
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -38,7 +40,9 @@ class Checks:
     async def ask(self, model: LocalModel, drafter: LocalModel | None) -> Report:
         """What stands for or against a pair."""
         pair = (model.name, drafter.name if drafter else None)
-        if pair not in self._answers:
+        versions = [each.version for each in (model, drafter) if each]
+        if pair not in self._answers or self._versions[pair] != versions:
+            self._versions[pair] = versions
             task = asyncio.create_task(self._run(pair, model, drafter))
             self._answers[pair] = task
         # Whoever asked may leave; the answer is for all.
@@ -63,8 +67,10 @@ class Checks:
 
     async def close(self) -> None:
         """Ask nothing more."""
-        for task in [*self._tasks, *self._answers.values()]:
+        tasks = [*self._tasks, *self._answers.values()]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _go_through(self, models: Sequence[LocalModel]) -> None:
         for model in models:
@@ -86,18 +92,17 @@ async def _ask_doctor(model: LocalModel, drafter: LocalModel | None) -> Report:
     command += ["--draft", drafter.source] if drafter else []
     log: list[str] = []
     output: list[str] = []
-    child = await Child.start(command, log.append, output.append)
     try:
-        code = await child.wait()
-    except asyncio.CancelledError:
-        await child.stop()
-        raise
-    with contextlib.suppress(ValueError):
+        async with Child.running(command, log.append, output.append) as child:
+            ending = describe_exit(await child.wait())
         report: Report = json.loads("\n".join(output))
         return report
-    problem = f"doctor ended with {code}: {' '.join(log[-3:])}"
+    except OSError as error:
+        problem = f"doctor cannot be asked: {error}"
+    except ValueError:
+        problem = f"doctor ended ({ending}): {' '.join(log[-3:])}"
     return {"works": False, "problem": problem, "to_do": None, "verdict": problem}
 
 
-def _is_answered(answer: asyncio.Future[Report]) -> bool:
+def _is_answered(answer: asyncio.Task[Report]) -> bool:
     return answer.done() and not answer.cancelled() and answer.exception() is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 
@@ -31,6 +32,8 @@ def main() -> None:
 def _watch() -> None:
     while os.read(0, 1):
         pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # with all that it started itself
     os._exit(ORPHANED)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 Event = tuple[str, Any]
@@ -43,12 +43,19 @@ class Feed:
             queue.put_nowait(None)
         self._queues.clear()
 
-    async def stream(self, snapshot: Iterable[Event]) -> AsyncIterator[bytes]:
-        """The events for one page, after those that tell what is already so."""
+    async def stream(
+        self, snapshot: Callable[[], Iterable[Event]]
+    ) -> AsyncIterator[bytes]:
+        """The events for one page, after those that tell what is already so.
+
+        Args:
+            snapshot (Callable): Returns the latter; called when the page listens, so
+              that nothing can change in between.
+        """
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._queues.add(queue)
         try:
-            for event in list(snapshot):
+            for event in list(snapshot()):
                 yield encode(*event)
             while not self._is_closed:
                 try:
@@ -65,4 +72,16 @@ class Feed:
 
 def encode(name: str, data: Any) -> bytes:
     """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), as_json(data))
+
+
+def as_json(data: Any) -> bytes:
+    """Data as browsers read it: numbers that JSON does not have are null.
+
+    All characters are ASCII, for names of files may have some that are not Unicode.
+    """
+    try:
+        return json.dumps(data, allow_nan=False).encode()
+    except ValueError:
+        finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+        return json.dumps(finite).encode()

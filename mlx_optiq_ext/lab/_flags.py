@@ -84,8 +84,8 @@ class Flag:
 async def ask_for_flags() -> dict[str, Flag]:
     """What the server on this machine offers, besides what has its own control."""
     lines: list[str] = []
-    child = await Child.start(HELP, lambda line: None, lines.append)
-    await child.wait()
+    async with Child.running(HELP, lambda line: None, lines.append) as child:
+        await child.wait()
     return {flag.name: flag for flag in read_flags(lines)}
 
 

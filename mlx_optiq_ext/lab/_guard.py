@@ -19,6 +19,7 @@ NO_TOKEN = (
     "Open the address that `mlx-optiq-ext lab` printed in the terminal: it holds the "
     "token without which nothing is shown here."
 )
+USUAL_PORT = 80  # Browsers leave it out.
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -50,12 +51,15 @@ class Guard:
         self._cookie = f"mlx_lab_{port}"
         names = {host if ":" not in host else f"[{host}]", "127.0.0.1", "localhost"}
         self._hosts = {f"{name}:{port}" for name in names}
+        if port == USUAL_PORT:
+            self._hosts |= names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
             return
         response = self._refuse(HTTPConnection(scope))
         answer = self._app if response is None else response
@@ -70,11 +74,7 @@ class Guard:
         if self._knows(request.cookies.get(self._cookie, "")):
             return self._without_token(request)
         if request.url.path == "/" and self._knows(_token_in(request)):
-            response = self._without_token(request) or Response(status_code=204)
-            response.set_cookie(
-                self._cookie, self._token.decode(), httponly=True, samesite="strict"
-            )
-            return response
+            return self._with_cookie()
         return PlainTextResponse(NO_TOKEN, 401)
 
     def _is_from_page(self, request: HTTPConnection) -> bool:
@@ -89,6 +89,18 @@ class Guard:
     def _without_token(self, request: HTTPConnection) -> Response | None:
         """Send a browser on, so that the token is not kept in its address bar."""
         return RedirectResponse("/", 303) if _token_in(request) else None
+
+    def _with_cookie(self) -> Response:
+        """Give a browser the cookie, and send it on.
+
+        A redirection would not do where a link to the Lab was followed: to a browser it
+        comes from the page with the link, so that the cookie is not sent with it.
+        """
+        response = Response(headers={"Refresh": "0; url=/"})
+        response.set_cookie(
+            self._cookie, self._token.decode(), httponly=True, samesite="strict"
+        )
+        return response
 
     def _knows(self, token: str) -> bool:
         return hmac.compare_digest(token.encode(), self._token)

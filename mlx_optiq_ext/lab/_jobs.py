@@ -9,17 +9,18 @@ import re
 import shlex
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ._feed import Feed
-from ._process import Child, describe_exit
+from ._process import OFFLINE, Child, describe_exit
 
 PROGRESS = re.compile(r"(\d+) of (\d+)")
 NUM_LINES = 20
 
-WhenDone = Callable[[], Awaitable[None]]
+Around = AbstractAsyncContextManager[None]
 
 
 @dataclass
@@ -72,16 +73,18 @@ class Job:
         self,
         command: Sequence[str],
         about: dict[str, Any],
-        when_done: WhenDone,
-        is_offline: bool = True,
+        around: Around,
+        environment: Mapping[str, str] = OFFLINE,
     ) -> None:
         """Start a command.
 
         Args:
             command (list): Its name and arguments.
             about (dict): Passed on to pages.
-            when_done (Callable): Called when it has ended, however that was.
-            is_offline (bool): Whether it must not ask the Hub.
+            around (AbstractAsyncContextManager): Entered before it, and left when it
+              has ended, however that was.
+            environment (dict): Variables besides those of the Lab. By default it must
+              not ask the Hub.
 
         Raises:
             ValueError: If one is running.
@@ -91,7 +94,7 @@ class Job:
         self.state = JobState(
             next(self._numbers), "running", time.time(), shlex.join(command), about
         )
-        self._task = asyncio.create_task(self._run(command, when_done, is_offline))
+        self._task = asyncio.create_task(self._run(command, around, environment))
 
     async def stop(self) -> None:
         """Give it up, if it is running."""
@@ -100,7 +103,10 @@ class Job:
             await asyncio.wait({self._task})
 
     async def _run(
-        self, command: Sequence[str], when_done: WhenDone, is_offline: bool
+        self,
+        command: Sequence[str],
+        around: Around,
+        environment: Mapping[str, str],
     ) -> None:
         output: list[str] = []
         recent: deque[str] = deque(maxlen=NUM_LINES)
@@ -113,18 +119,15 @@ class Job:
 
         self._set()
         try:
-            child = await Child.start(command, on_line, output.append, is_offline)
-            try:
-                code = await child.wait()
-            finally:
-                await child.stop()
-            self._finish(code, output)
+            async with (
+                around,
+                Child.running(command, on_line, output.append, environment) as child,
+            ):
+                self._finish(await child.wait(), output)
         except asyncio.CancelledError:
             self._set(status="stopped")
         except OSError as error:
             self._set(status="failed", problem=str(error))
-        finally:
-            await when_done()
 
     def _finish(self, code: int, output: list[str]) -> None:
         if code != 0:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from .._options import MAX_DRAFT_TOKENS
 from ._checks import Checks
 from ._feed import Event, Feed
 from ._flags import Flag, ask_for_flags
-from ._jobs import Job, WhenDone
+from ._jobs import Around, Job
 from ._launch import Launch, number, read_launch
 from ._models import LocalModel, find_models
 from ._options import LabOptions
@@ -23,6 +26,7 @@ from ._supervisor import Status, Supervisor
 
 HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 DEFAULT_PORT = 8080
+UP = (Status.STARTING, Status.READY, Status.SILENT, Status.WAITING)
 
 
 def is_folder(name: str) -> bool:
@@ -80,7 +84,9 @@ class Lab:
         self._options = options
         self._named = named_model(options)
         self._tasks: list[asyncio.Task[Any]] = []
+        self._leaving: asyncio.Task[None] | None = None
         self._is_closing = False
+        self._wanted: Launch | None = None  # by the page that asked last
         self.feed = Feed()
         self.models: dict[str, LocalModel] = {}
         self.flags: dict[str, Flag] = {}
@@ -101,7 +107,7 @@ class Lab:
         """End what is streamed to pages, so that these can be let go."""
         self._is_closing = True
         self.feed.close()
-        self._tasks.append(asyncio.create_task(self.supervisor.stop()))
+        self._leaving = asyncio.create_task(self.supervisor.stop())
 
     async def close(self) -> None:
         """Stop everything that runs."""
@@ -109,6 +115,7 @@ class Lab:
         self.feed.close()
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.checks.close()
         await self.bench.stop()
         await self.downloads.stop()
@@ -125,7 +132,7 @@ class Lab:
             ("lines", list(self.supervisor.log.lines)),
             ("samples", list(self.samples.samples)),
             *((job.name, asdict(job.state)) for job in jobs if job.state),
-            ("state", asdict(self.supervisor.state)),
+            ("state", self.supervisor.state.as_json()),
         ]
 
     def look_for_models(self) -> None:
@@ -159,16 +166,25 @@ class Lab:
         """Start a server in place of the one that runs.
 
         Raises:
-            Refused: If doctor says that it will not work, or a benchmark runs.
+            Refused: If doctor says that it will not work, a benchmark runs, or
+              something else was asked for while doctor looked.
             PortInUse: If it cannot listen.
         """
-        if self.bench.is_running:
-            raise Refused("a benchmark is running: it would measure both")
+        self._wanted = launch
         if problem := await self.checks.refuse(launch):
             raise Refused(problem)
+        if self._wanted != launch:
+            raise Refused("something else was asked for in the meantime")
+        if self.bench.is_running:
+            raise Refused("a benchmark is running: it would measure both")
         await self.supervisor.start(launch)
 
-    async def start_bench(self, body: Any) -> None:
+    async def stop(self) -> None:
+        """Stop the server, if one runs or is about to."""
+        self._wanted = None
+        await self.supervisor.stop()
+
+    def start_bench(self, body: Any) -> None:
         """Measure the model that is loaded, or was last.
 
         Args:
@@ -187,16 +203,20 @@ class Lab:
         command = bench_command(launch, body)
         drafter = "MTP head" if launch.drafter is None else launch.drafter.name
         about = {"model": launch.model.name, "drafter": drafter}
-        is_up = self.supervisor.state.status in (Status.STARTING, Status.READY)
-        pauses = is_up and body.get("pauses", True) is True
-        if pauses:
+        pauses = body.get("pauses", True) is True
+        around = self._paused(launch) if pauses else contextlib.nullcontext()
+        self.bench.start(command, about, around)
+
+    @asynccontextmanager
+    async def _paused(self, launch: Launch) -> AsyncIterator[None]:
+        """The server is stopped meanwhile, if it runs or is to be started again."""
+        is_up = self.supervisor.state.status in UP
+        try:
             await self.supervisor.stop()
-
-        async def resume() -> None:
-            if pauses and not self._is_closing:
+            yield
+        finally:
+            if is_up and not self._is_closing:
                 await self.supervisor.try_to_start(launch)
-
-        self.bench.start(command, about, resume)
 
     def download(self, body: Any) -> None:
         """Get a model from the Hub.
@@ -210,10 +230,21 @@ class Lab:
             raise ValueError(f"expected the id of a model, ORG/NAME, got {repo_id!r}")
         if self.downloads.is_running:
             raise Refused("a download is running")
-        self._get(repo_id, self._look_again)
+        self._get(repo_id, self._looking_again())
 
-    async def _look_again(self) -> None:
-        self.look_for_models()
+    @asynccontextmanager
+    async def _looking_again(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            self.look_for_models()
+
+    @asynccontextmanager
+    async def _serving_it(self, name: str) -> AsyncIterator[None]:
+        async with self._looking_again():
+            yield
+        if name in self.models:
+            await self._serve(name)
 
     async def _begin(self) -> None:
         self.flags = await ask_for_flags()
@@ -223,22 +254,17 @@ class Lab:
         if self._named in self.models:
             await self._serve(self._named)
         else:
-            self._get(self._named, self._look_and_serve)
-
-    async def _look_and_serve(self) -> None:
-        self.look_for_models()
-        if self._named in self.models:
-            await self._serve(self._named)
+            self._get(self._named, self._serving_it(self._named))
 
     async def _serve(self, name: str) -> None:
         report = await self.checks.ask(self.models[name], None)
         settings = {"model": name, "mtp": report["works"], "port": DEFAULT_PORT}
         await self.supervisor.try_to_start(self.read(settings))
 
-    def _get(self, repo_id: str, when_done: WhenDone) -> None:
+    def _get(self, repo_id: str, around: Around) -> None:
         command = ["hf", "download", repo_id]
         about = {"repo_id": repo_id}
-        self.downloads.start(command, about, when_done, is_offline=False)
+        self.downloads.start(command, about, around, environment={})
 
     def _models_as_json(self) -> list[dict[str, Any]]:
         return [model.as_json() for model in self.models.values()]

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._options import MAX_DRAFT_TOKENS
+from .._options import API_KEY_VARIABLE, MAX_DRAFT_TOKENS
 from ._flags import Flag
 from ._models import HEAD, MODEL, LocalModel
+from ._process import OFFLINE
 
 SAMPLING_FLAGS = {
     "temperature": ("--temp", 0.0, 100.0),
@@ -19,8 +20,10 @@ SAMPLING_FLAGS = {
     "top_k": ("--top-k", 0, 1_000_000),
     "min_p": ("--min-p", 0.0, 1.0),
 }
+PROMPT_LOOKUP = "--prompt-lookup"  # It drafts without a drafter.
 FIRST_FREE_PORT = 1024
-API_KEY = re.compile(r"[!-,.-~][!-~]{0,199}")  # A dash in front would begin a flag.
+API_KEY = re.compile(r"[!-~]{1,200}")
+ORIGINS = re.compile(r"\*|https?://[\w.:\[\]-]+(,https?://[\w.:\[\]-]+){0,19}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Launch:
         drafter (LocalModel, optional): What drafts instead.
         port (int): On loopback.
         api_key (str, optional): That the server asks for.
+        origins (str): Of the web pages that may ask the server, separated by commas.
         arguments (tuple): All others of the command line.
         settings (dict): What the page sent.
     """
@@ -42,6 +46,7 @@ class Launch:
     drafter: LocalModel | None
     port: int
     api_key: str | None
+    origins: str
     arguments: tuple[str, ...]
     settings: dict[str, Any] = field(compare=False)
 
@@ -51,14 +56,22 @@ class Launch:
         command = ["mlx_lm.server", "--model", self.model.source]
         command += ["--mtp"] if self.uses_mtp else self.draft
         command += [*self.arguments, "--port", str(self.port)]
-        return command + (["--api-key", self.api_key] if self.api_key else [])
+        return [*command, "--allowed-origins", self.origins]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its environment has; others could read the key on its command line."""
+        return {**OFFLINE, API_KEY_VARIABLE: self.api_key or ""}
 
     @property
     def shell_command(self) -> str:
         """The command line as a shell takes it."""
         models = [each for each in (self.model, self.drafter) if each is not None]
         names = {each.source: each.shell_source for each in models}
-        return " ".join(names.get(part) or shlex.quote(part) for part in self.command)
+        parts = [names.get(part) or shlex.quote(part) for part in self.command]
+        if self.api_key:
+            parts.insert(0, f"{API_KEY_VARIABLE}={shlex.quote(self.api_key)}")
+        return " ".join(parts)
 
     @property
     def draft(self) -> list[str]:
@@ -103,12 +116,15 @@ def read_launch(
     uses_mtp = settings.get("mtp", False) is True
     if uses_mtp and drafter is not None:
         raise ValueError("the MTP head and another drafter exclude each other")
+    port = number("port", settings.get("port", 8080), FIRST_FREE_PORT, 65535)
     return Launch(
         model=model,
         uses_mtp=uses_mtp,
         drafter=drafter,
-        port=number("port", settings.get("port", 8080), FIRST_FREE_PORT, 65535),
+        port=port,
         api_key=_api_key(settings.get("api_key")),
+        # mlx-lm's default would let every page on the web read replies.
+        origins=_origins(settings.get("origins")) or f"http://127.0.0.1:{port}",
         arguments=(
             *_speculation(settings, uses_mtp, drafter),
             *_sampling(settings, uses_mtp or drafter is not None),
@@ -127,14 +143,15 @@ def _model(name: Any, models: Mapping[str, LocalModel], what: str) -> LocalModel
 def _speculation(
     settings: Mapping[str, Any], uses_mtp: bool, drafter: LocalModel | None
 ) -> list[str]:
-    if not uses_mtp and drafter is None:
+    has_drafter = uses_mtp or drafter is not None
+    if not has_drafter and not _object(settings, "flags").get(PROMPT_LOOKUP):
         return []
     found = []
     depth = settings.get("num_draft_tokens", "auto")
     if depth != "auto":
         depth = number("num_draft_tokens", depth, 1, MAX_DRAFT_TOKENS)
         found += ["--num-draft-tokens", str(depth)]
-    if (size := settings.get("draft_vocab")) is not None:
+    if has_drafter and (size := settings.get("draft_vocab")) is not None:
         if not uses_mtp and drafter is not None and drafter.kind != HEAD:
             raise ValueError("draft_vocab: only an MTP head takes a part of it")
         found += ["--draft-vocab", str(number("draft_vocab", size, 1, 10_000_000))]
@@ -192,7 +209,16 @@ def _api_key(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not API_KEY.fullmatch(value):
+        raise ValueError("api_key: expected up to 200 visible ASCII characters")
+    return value
+
+
+def _origins(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not ORIGINS.fullmatch(value):
         raise ValueError(
-            "api_key: expected up to 200 visible ASCII characters, no dash first"
+            f"origins: expected addresses such as http://localhost:3000 with commas in "
+            f"between, or * for all pages, got {value!r}"
         )
     return value

@@ -9,6 +9,7 @@ from collections import deque
 from typing import Any
 
 MAX_LINES = 2000
+MAX_CHARACTERS = 4000
 # What this room itself asks is not worth a line.
 OWN_REQUESTS = ('"GET /metrics HTTP/1.1" 200', '"GET /health HTTP/1.1" 200')
 # As the server logs a request that is over.
@@ -29,9 +30,10 @@ class Log:
         self._numbers = itertools.count()
 
     def add(self, text: str) -> Line | None:
-        """Keep a line, unless it is about a request of the Lab itself."""
+        """Keep a line, in part if it is long, unless a request of the Lab caused it."""
         if any(request in text for request in OWN_REQUESTS):
             return None
+        text = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
         line: Line = {"number": next(self._numbers), "time": time.time(), "text": text}
         if (request := find_request(text)) is not None:
             line["request"] = request

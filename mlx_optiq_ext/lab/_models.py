@@ -8,11 +8,12 @@ list, so that no path of a request ever reaches the file system.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import constants
 
@@ -35,6 +36,8 @@ WEIGHTS = ("*.safetensors", "optiq/*.safetensors", "mtp/*.safetensors")
 # What generation_config.json calls the settings that the server's flags set.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 MODEL, ASSISTANT, HEAD = "model", "assistant", "head"
+
+Version = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class LocalModel:
         """The source, as a shell takes it."""
         return DEMOS[self.name][1] if self.name in DEMOS else shlex.quote(self.source)
 
+    @property
+    def version(self) -> Version:
+        """Another one whenever files of the model have changed."""
+        files = [self.folder / "config.json", *_weights(self.folder)]
+        found = [file.stat() for file in files if file.is_file()]
+        return tuple((each.st_mtime_ns, each.st_size) for each in found)
+
     def as_json(self) -> dict[str, Any]:
         """What a page is told."""
         return asdict(self) | {"folder": str(self.folder)}
@@ -100,26 +110,36 @@ def _in_folders(folders: Iterable[Path]) -> Iterator[Path]:
 def _below(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / "config.json").is_file():
         yield folder
-    if depth and folder.is_dir():
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _below(child, depth - 1)
+    if depth:
+        for child in _folders_in(folder):
+            yield from _below(child, depth - 1)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Those that are not hidden, none if the folder cannot be read."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [path for path in found if path.is_dir() and not path.name.startswith(".")]
 
 
 def _in_cache(cache: Path) -> Iterator[tuple[str, str, Path]]:
     for repo in sorted(cache.glob("models--*--*")):
         name = "/".join(repo.name.split("--")[1:])
-        reference = repo / "refs" / "main"
-        if reference.is_file():
-            snapshot = repo / "snapshots" / reference.read_text().strip()
-            if (snapshot / "config.json").is_file():
-                yield name, name, snapshot
+        try:
+            commit = (repo / "refs" / "main").read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue
+        snapshot = repo / "snapshots" / commit
+        if commit.isalnum() and (snapshot / "config.json").is_file():
+            yield name, name, snapshot
 
 
 def _read(name: str, source: str, folder: Path) -> LocalModel | None:
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
-    weights = [file for glob in WEIGHTS for file in folder.glob(glob)]
+    weights = _weights(folder)
     if not isinstance(model_type, str) or not weights:
         return None
     generation = _read_json(folder / "generation_config.json")
@@ -132,9 +152,15 @@ def _read(name: str, source: str, folder: Path) -> LocalModel | None:
         model_type=model_type,
         num_bytes=sum(file.stat().st_size for file in weights),
         bits=_bits(config),
-        sampling={k: v for k, v in numbers.items() if isinstance(v, (int, float))},
+        sampling={name: v for name, v in numbers.items() if _is_number(v)},
         is_greedy=generation.get("do_sample") is False,
     )
+
+
+def _weights(folder: Path) -> list[Path]:
+    found = (file for glob in WEIGHTS for file in sorted(folder.glob(glob)))
+    # What is left of a download in the cache may be links to nowhere.
+    return [file for file in found if file.is_file()]
 
 
 def _kind(model_type: str) -> str:
@@ -149,9 +175,14 @@ def _bits(config: dict[str, Any]) -> int | None:
     return bits if isinstance(bits, int) else None
 
 
+def _is_number(value: Any) -> TypeGuard[float]:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import _interrupts
-from .._options import AUTO_AS_NUMBER
+from .._options import API_KEY_VARIABLE, AUTO_AS_NUMBER
 from .command_line import SpeculationParser, add_flags
 
 RECOMMENDED_HELP = (
@@ -17,11 +17,10 @@ RECOMMENDED_HELP = (
     "where neither a request nor --temp, --top-p, --top-k or --min-p says otherwise. "
     "--mtp and --draft imply it."
 )
-API_KEY = "MLX_OPTIQ_EXT_API_KEY"  # of the environment
 API_KEY_HELP = (
     "Key that requests must have, as a bearer token or as x-api-key. Other users of "
-    f"this machine can read it here; the environment variable {API_KEY}, which is the "
-    "default, keeps it from them"
+    f"this machine can read it here; {API_KEY_VARIABLE} of the environment, which is "
+    "the default, keeps it from them"
 )
 REMOTE_IMAGES_HELP = (
     "Fetch images that requests name by http(s) URLs, from public addresses only. "
@@ -139,7 +138,7 @@ def add_serving_flags(parser: argparse.ArgumentParser) -> None:
         parser (ArgumentParser): The parser of ``mlx_lm.server``.
     """
     add: Callable[..., Any] = parser.add_argument
-    key = os.environ.get(API_KEY)
+    key = os.environ.get(API_KEY_VARIABLE)
     add("--api-key", type=_nonempty, default=key, help=API_KEY_HELP)
     add("--allow-remote-images", action="store_true", help=REMOTE_IMAGES_HELP)
     add(

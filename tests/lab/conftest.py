@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,20 @@ def browser() -> Iterator[Browser]:
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def also(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has the servers that this process starts do something first."""
+
+    def add(code: str) -> None:
+        guard = "import sys\nif 'mlx_lm.server' in sys.orig_argv:\n"
+        (tmp_path / "sitecustomize.py").write_text(
+            guard + textwrap.indent(code, "    ")
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return add
 
 
 def eventually(is_so: Callable[[], bool]) -> bool:

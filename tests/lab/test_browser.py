@@ -23,11 +23,18 @@ expect.set_options(timeout=TIMEOUT * 1000)
 QUESTION = "Write a function that reads a file and returns its lines"
 
 
+def enter(page: Page, lab: LabProcess) -> None:
+    """Open the address that the Lab printed."""
+    page.goto(lab.url)
+    page.wait_for_url(f"{lab.base}/")
+    expect(page.locator("#pill")).not_to_be_empty()
+
+
 @pytest.fixture(scope="module")
 def context(browser: Browser, lab: LabProcess) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1200, "height": 800})
     context.set_default_timeout(TIMEOUT * 1000)
-    context.new_page().goto(lab.url)
+    enter(context.new_page(), lab)
     yield context
     context.close()
 
@@ -284,7 +291,7 @@ Some **bold**, `code <b>` and [a link](javascript:window.hurt=1), https://exampl
 CALL = {"id": "1", "function": {"name": "<b>call</b>", "arguments": '{"a": "<i>"}'}}
 
 
-def show(page: Page, *messages: dict[str, Any]) -> None:
+def show(page: Page, *messages: dict[str, Any], **fields: Any) -> None:
     """Open a conversation that was kept in the browser."""
     kept = {
         "id": "kept",
@@ -295,6 +302,7 @@ def show(page: Page, *messages: dict[str, Any]) -> None:
         "tools": "",
         "sampling": {},
         "messages": messages,
+        **fields,
     }
     page.evaluate(
         "text => localStorage.setItem('lab.chat.kept', text)", json.dumps(kept)
@@ -335,7 +343,7 @@ def test_tints_are_in_the_right_place_in_markdown(page):
     place = 0
     for piece in tinted:
         start = content.index(piece, place)
-        runs += [[None, start - place], ["copy", len(piece)]]
+        runs += [[None, start - place], ["prompt_lookup", len(piece)]]
         place = start + len(piece)
     message = {
         "role": "assistant",
@@ -344,7 +352,7 @@ def test_tints_are_in_the_right_place_in_markdown(page):
         "state": "done",
     }
     show(page, {"role": "user", "content": "Hi"}, message)
-    assert page.locator(".t.copy").all_inner_texts() == list(tinted)
+    assert page.locator(".t.prompt_lookup").all_inner_texts() == list(tinted)
 
 
 def test_the_log_and_the_requests_are_shown_live(page, lab):
@@ -409,7 +417,7 @@ def test_the_keyboard_reaches_and_changes_everything(page):
 def test_a_page_follows_the_colours_of_the_system(browser, lab, scheme):
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
-    page.goto(lab.url)
+    enter(page, lab)
     background = "getComputedStyle(document.body).backgroundColor"
     colors = [int(x) for x in re.findall(r"\d+", page.evaluate(background))[:3]]
     assert (sum(colors) > 380) == (scheme == "light")
@@ -422,7 +430,7 @@ def test_a_page_follows_the_colours_of_the_system(browser, lab, scheme):
 def test_a_lab_that_has_ended_is_told(browser, start_lab):
     own = start_lab()
     page = browser.new_page()
-    page.goto(own.url)
+    enter(page, own)
     expect(page.locator("#lost")).to_be_hidden()
     own.close()
     expect(page.locator("#lost")).to_contain_text("does not answer")
@@ -465,3 +473,467 @@ def test_a_page_elsewhere_reads_and_does_nothing(
         found = stranger.evaluate(attempt, [lab.base + path, mode, method])
         assert found in ("refused", "opaque")
     stranger.close()
+
+
+def test_a_link_to_the_lab_on_another_page_is_followed(browser: Browser, lab):
+    """Browsers send no strict cookie along a redirection that began elsewhere."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.route(
+        "http://elsewhere.example/",
+        lambda route: route.fulfill(
+            content_type="text/html", body=f"<a href='{lab.url}'>the Lab</a>"
+        ),
+    )
+    page.goto("http://elsewhere.example/")
+    page.get_by_text("the Lab").click()
+    expect(page.locator("#pill")).to_be_visible()
+    assert "token" not in page.url
+    page.go_back()
+    assert "token" not in page.url
+    context.close()
+
+
+def test_the_skip_link_stays_on_its_page(page):
+    visit(page, "Live")
+    page.get_by_role("link", name="Skip to the page").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#live")).to_be_visible()
+    expect(page.locator("#page")).to_be_focused()
+
+
+@pytest.mark.parametrize("name", ["constructor", "toString", "no-such-page"])
+def test_an_unknown_page_is_the_first_one(page, lab, name):
+    page.goto(f"{lab.base}/#{name}")
+    expect(page.locator("#server")).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"messages": [null, 3, {"role": "root"}], "sampling": null, "title": 3}',
+        '{"messages": [{"role": "assistant", "sources": 3, "stats": {}, "race": {}}]}',
+        '{"messages": [{"role": "assistant", "tool_calls": [{}, null]}], "at": "x"}',
+        '{"messages": [{"role": "user"}], "system": null, "tools": 3}',
+        '[{"id": "1", "at": 1, "model": "a", "drafter": "b", "result": {}}]',
+    ],
+)
+def test_whatever_is_in_the_store_of_the_browser_the_page_works(page, text):
+    keep = "([key, text]) => localStorage.setItem(key, text)"
+    page.evaluate(keep, ["lab.chat.broken", text])
+    page.evaluate(keep, ["lab.bench", text])
+    page.reload()
+    for name in ("Bench", "Chat"):
+        visit(page, name)
+        expect(page.locator(f"#{name.lower()}")).to_be_visible()
+        expect(page.locator("#pill")).not_to_be_empty()
+    for item in page.locator(".list .item").all():
+        item.click()
+    expect(page.locator("#prompt")).to_be_visible()
+    page.evaluate("localStorage.removeItem('lab.chat.broken')")
+
+
+def test_a_full_store_is_told_and_stops_nothing(page, lab):
+    ready(page, lab)
+    fill = """() => {
+        for (const size of [1 << 16, 1]) try {
+            for (let i = 0; ; i += 1)
+                localStorage.setItem(`full.${size}.${i}`, 'x'.repeat(size));
+        } catch { continue; }
+    }"""
+    page.evaluate(fill)
+    try:
+        page.locator("#theme").click()
+        ask(page)
+        is_answered(page)
+        expect(page.locator("#toast")).to_contain_text("store is full")
+        expect(page.locator(".message.assistant .md")).not_to_be_empty()
+    finally:
+        page.evaluate("localStorage.clear()")
+
+
+def test_a_page_works_where_nothing_may_be_stored(browser: Browser, lab):
+    context = browser.new_context()
+    context.add_init_script(
+        "Object.defineProperty(window, 'localStorage', "
+        "{ get() { throw new DOMException('no', 'SecurityError'); } })"
+    )
+    page = context.new_page()
+    enter(page, lab)
+    ready(page, lab)
+    ask(page)
+    is_answered(page)
+    context.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ">" * 20_000 + " deep",
+        "- " * 20_000 + "deep",
+        "**a " * 20_000 + "deep",
+        "[" * 20_000 + "deep",
+        "# " + " " * 20_000 + "deep",
+        "`" * 20_000 + " deep",
+        "|" * 20_000 + "\n" + "|-" * 20_000 + " deep",
+        "x" * 100_000 + " deep",
+        "```\nnever closed deep",
+        "\U0001f469\u200d\U0001f52c \u202e deep \ufffd",
+    ],
+)
+def test_no_text_of_a_model_stops_the_page(page, text):
+    show(
+        page,
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text, "reasoning": text, "state": "done"},
+    )
+    expect(page.locator(".message.assistant .md").last).to_contain_text("deep")
+    width = "document.documentElement.scrollWidth - innerWidth"
+    assert page.evaluate(width) <= 0
+    page.evaluate("localStorage.removeItem('lab.chat.kept')")
+
+
+def test_text_runs_in_the_direction_of_its_letters(page):
+    show(page, {"role": "user", "content": "\u05e9\u05dc\u05d5\u05dd"})
+    body = page.locator(".message.user .body")
+    assert body.evaluate("e => getComputedStyle(e).unicodeBidi") == "plaintext"
+
+
+def test_what_has_come_stays_as_it_is_while_more_comes(page, lab, endless):
+    """Otherwise nothing of it could be selected, and a long reply would be slow."""
+    ready(page, lab, str(endless))
+    ask(page)
+    first = page.locator(".message.assistant .md > *").first
+    expect(first).to_contain_text(re.compile(r"(\w+\W+){3}"))
+    expect(page.locator(".message.assistant .md > *")).to_have_count(6)
+    first.evaluate("e => { e.isMarked = true; }")
+    expect(page.locator(".message.assistant .md > *")).to_have_count(12)
+    assert first.evaluate("e => e.isMarked")
+    page.locator("#prompt").press("Escape")
+    expect(page.locator("#send")).to_have_text("Send")
+    assert first.evaluate("e => e.isMarked")
+
+
+def test_a_message_can_be_edited_while_a_reply_comes(page, lab, endless):
+    ready(page, lab, str(endless))
+    ask(page)
+    expect(page.locator(".message.assistant .md > *")).not_to_have_count(0)
+    page.get_by_role("button", name="Edit").click()
+    editor = page.get_by_label("Edit the message")
+    editor.fill("Something else")
+    page.get_by_role("button", name="Send again").click()
+    expect(page.locator("#toast")).to_contain_text("stop it first")
+    page.locator("#send").click()
+    expect(page.locator("#send")).to_have_text("Send")
+    expect(editor).to_have_value("Something else")
+    page.get_by_role("button", name="Send again").click()
+    expect(page.locator(".message.user .body")).to_have_text("Something else")
+    expect(page.locator("#send")).to_have_text("Stop")
+    page.locator("#send").click()
+    expect(page.locator("#send")).to_have_text("Send")
+
+
+def test_a_reply_that_comes_in_another_tab_is_not_said_to_be_cut_off(
+    page, lab, context, endless
+):
+    ready(page, lab, str(endless))
+    ask(page, "Write what two tabs show")
+    text = page.locator(".message.assistant .md")
+    expect(text).to_contain_text(re.compile(r"(\w+\W+){20}"))
+    other = context.new_page()
+    other.goto(f"{lab.base}/#chat")
+    other.locator(".list .item", has_text="Write what two tabs show").click()
+    reply = other.locator(".message.assistant")
+    expect(reply).to_contain_text("It comes in another tab")
+    expect(reply).not_to_contain_text("cut off")
+    other.locator("#prompt").fill("And this")
+    other.locator("#prompt").press("Enter")
+    expect(other.locator("#toast")).to_contain_text("Another tab is answered")
+    expect(other.locator("#prompt")).to_have_value("And this")
+    page.locator("#prompt").press("Escape")
+    expect(reply).to_contain_text("Stopped.")
+    other.close()
+
+
+def test_a_tab_that_is_closed_leaves_its_reply_cut_off(page, lab, context, endless):
+    ready(page, lab, str(endless))
+    other = context.new_page()
+    other.goto(lab.base)
+    ask(other, "Write what a closed tab shows")
+    expect(other.locator(".message.assistant .md > *")).not_to_have_count(0)
+    visit(page, "Chat")
+    page.locator(".list .item", has_text="Write what a closed tab shows").click()
+    expect(page.locator(".message.assistant")).to_contain_text("another tab")
+    other.close()
+    expect(page.locator(".message.assistant")).to_contain_text("was cut off")
+
+
+def test_a_reply_is_spoken_as_it_comes(page, lab):
+    ready(page, lab)
+    ask(page)
+    is_answered(page)
+    spoken = page.locator("#spoken")
+    expect(spoken).to_have_attribute("aria-live", "polite")
+    said = "".join(spoken.inner_text().split())
+    shown = "".join(page.locator(".message.assistant .md").inner_text().split())
+    assert said
+    assert said[:20] in shown or shown[:20] in said
+
+
+def sent(page: Page, act: Any) -> dict[str, Any]:
+    """What the page asks the server when something is done."""
+    with page.expect_request("**/api/chat") as found:
+        act()
+    body: dict[str, Any] = found.value.post_data_json
+    return body
+
+
+def test_settings_of_a_conversation_are_those_of_its_requests(page, lab):
+    ready(page, lab)
+    visit(page, "Chat")
+    page.locator("#new-chat").click()
+    page.locator("#settings").click()
+    for name, value in (
+        ("system", "Be brief."),
+        ("chat-temperature", "0.5"),
+        ("chat-top_k", "3"),
+        ("chat-seed", "7"),
+        ("chat-max_tokens", "8"),
+        (
+            "tools",
+            '[{"type": "function", "function": {"name": "f", "parameters": {}}}]',
+        ),
+    ):
+        page.locator(f"#{name}").fill(value)
+    page.locator("#thinking").select_option("off")
+    page.locator("#thinking").blur()
+    page.locator("#prompt").fill("Hi")
+    body = sent(page, lambda: page.locator("#prompt").press("Enter"))
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+    ]
+    assert (body["temperature"], body["top_k"], body["seed"]) == (0.5, 3, 7)
+    assert body["max_tokens"] == 8
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["tools"][0]["function"]["name"] == "f"
+    expect(page.locator(".message.assistant")).to_contain_text("limit of tokens")
+    again = page.get_by_role("button", name="Regenerate")
+    assert sent(page, again.click)["messages"] == body["messages"]
+    expect(page.locator(".message.assistant .stats")).to_contain_text("8 tokens")
+    expect(page.locator(".message")).to_have_count(2)
+    page.locator("#new-chat").click()
+    expect(page.locator("#system")).to_have_value("")
+
+
+def test_tools_that_are_not_json_are_told(page, lab):
+    ready(page, lab)
+    show(page, {"role": "user", "content": "Hi"}, tools="{broken")
+    page.locator("#prompt").fill("Go on")
+    page.locator("#prompt").press("Enter")
+    expect(page.locator(".message .problem")).to_contain_text("are not JSON")
+
+
+def test_a_call_is_shown_and_given_its_result(page, lab):
+    ready(page, lab)
+    function = {"name": "weather", "arguments": '{"city": "Pa'}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    asking = {"role": "assistant", "content": "", "tool_calls": calls, "state": "done"}
+    show(page, {"role": "user", "content": "Hi"}, asking)
+    expect(page.locator(".call pre")).to_have_text(function["arguments"])
+    page.get_by_label("Result of the call").fill("sunny")
+    go_on = page.get_by_role("button", name="Send the result")
+    body = sent(page, go_on.click)
+    assert body["messages"][1]["tool_calls"] == calls
+    assert body["messages"][2] == {
+        "role": "tool",
+        "content": "sunny",
+        "tool_call_id": "1",
+    }
+    is_answered(page)
+    expect(page.get_by_role("button", name="Send the result")).to_have_count(0)
+
+
+def test_code_and_replies_are_copied(page, context):
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    content = "Before\n\n```python\nprint(1)\n```\n"
+    show(
+        page,
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": content, "state": "done"},
+    )
+    read = "navigator.clipboard.readText()"
+    page.locator(".code").get_by_role("button", name="Copy").click()
+    expect(page.locator("#toast")).to_have_text("Copied")
+    assert page.evaluate(read) == "print(1)"
+    page.locator(".message.assistant .tools").get_by_role("button", name="Copy").click()
+    assert page.evaluate(f"{read}.then(text => text)") == content
+
+
+def test_a_run_that_is_deleted_stays_deleted(page, lab):
+    ready(page, lab)
+    visit(page, "Bench")
+    page.evaluate("localStorage.removeItem('lab.bench')")
+    page.locator("#bench-depth").select_option("1")
+    page.locator("#bench-tokens").fill("4")
+    page.locator("#bench-run").click()
+    runs = page.locator("#bench").get_by_role("button", name="Delete")
+    expect(runs).to_have_count(1)
+    runs.click()
+    expect(runs).to_have_count(0)
+    page.reload()
+    visit(page, "Bench")
+    expect(page.locator("#pill")).to_have_attribute("data-status", "ready")
+    expect(runs).to_have_count(0)
+
+
+def test_the_button_that_starts_keeps_the_focus(page, lab):
+    choose(page, "demo/qwen")
+    page.locator("#start").focus()
+    page.keyboard.press("Enter")
+    is_ready(page)
+    expect(page.locator("#start")).to_be_focused()
+
+
+def test_a_server_that_does_not_answer_is_told(page, lab):
+    ready(page, lab)
+    pid = lab.wait_for("state")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        expect(page.locator("#pill")).to_have_attribute("data-status", "silent")
+        visit(page, "Server")
+        expect(page.locator("#now")).to_contain_text("does not answer")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    is_ready(page)
+
+
+def test_each_model_says_what_doctor_knows_of_it(page):
+    visit(page, "Server")
+    row = page.locator("[data-name='demo/qwen']")
+    expect(row).to_contain_text("MTP head")
+    expect(row).to_contain_text("of memory")
+    expect(row).to_contain_text("head in demo_model/model.safetensors")
+
+
+def test_a_log_that_pours_is_drawn_once_a_frame(page, lab):
+    ready(page, lab)
+    visit(page, "Live")
+    expect(page.locator("#log")).to_contain_text("Starting httpd")
+    count = """() => new Promise((resolve) => {
+        let changes = 0;
+        new MutationObserver(() => { changes += 1; })
+            .observe(document.getElementById("log"), { childList: true });
+        import("/store.js").then(({ state }) => {
+            const first = state.log.length;
+            setTimeout(() => resolve([changes, state.log.length - first]), 2000);
+        });
+    })"""
+    lines = page.evaluate_handle(f"window.counted = ({count})()")
+    for _ in range(40):
+        lab.client.get(f"{lab.wait_for('state')['url']}/nowhere")
+    del lines
+    changes, added = page.evaluate("window.counted")
+    assert changes <= max(added, 1)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_what_is_behind_it(browser, lab, scheme):
+    """By at least 4.5 to 1, as WCAG's level AA asks for."""
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    enter(page, lab)
+    message = {
+        "role": "assistant",
+        "content": "MTP `code` assistant draft copy\n\n> quote\n",
+        "reasoning": "Hm.",
+        "sources": [
+            ["mtp", 4],
+            [None, 7],
+            ["assistant", 10],
+            ["draft_model", 6],
+            ["prompt_lookup", 5],
+        ],
+        "state": "error",
+        "error": "It failed.",
+    }
+    for name in ("Server", "Live", "Bench", "Chat"):
+        if name == "Chat":
+            show(page, {"role": "user", "content": "Hi"}, message)
+        visit(page, name)
+        expect(page.locator(f"#{name.lower()}")).to_be_visible()
+        assert page.evaluate(FAINT_TEXTS) == [], name
+    context.close()
+
+
+# Texts that are seen, not disabled, and nearer to their background than 4.5 to 1.
+FAINT_TEXTS = """() => {
+    const canvas = document.createElement("canvas").getContext("2d");
+    const rgba = (color) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = color;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const light = ([r, g, b]) => {
+        const [x, y, z] = [r, g, b].map((v) => v / 255)
+            .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+    };
+    const behind = (element) => {
+        for (let e = element; e; e = e.parentElement) {
+            const found = rgba(getComputedStyle(e).backgroundColor);
+            if (found[3] > 250) return found;
+        }
+        return rgba(getComputedStyle(document.body).backgroundColor);
+    };
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node; (node = walker.nextNode()); ) {
+        const e = node.parentElement;
+        if (!node.data.trim() || !e.checkVisibility()) continue;
+        if (e.closest(":disabled, .unseen, svg, option")) continue;
+        const [one, other] = [light(rgba(getComputedStyle(e).color)), light(behind(e))];
+        const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+        if (ratio < 4.5) found.push([node.data.trim(), e.className, ratio]);
+    }
+    return found;
+}"""
+
+
+def test_every_control_has_a_name(page, lab):
+    ready(page, lab)
+    show(page, {"role": "user", "content": "Hi"})
+    page.locator("#settings").click()
+    for name in ("Server", "Chat", "Live", "Bench"):
+        visit(page, name)
+        assert page.evaluate(UNNAMED) == []
+
+
+UNNAMED = """() =>
+    [...document.querySelectorAll("input, select, textarea, button, a")]
+        .filter((e) => e.checkVisibility())
+        .filter((e) => !(e.labels?.length || e.ariaLabel || e.textContent.trim()))
+        .map((e) => e.outerHTML)"""
+
+
+def test_a_chat_is_had_by_keyboard_alone(page, lab, endless):
+    ready(page, lab, str(endless))
+    page.set_viewport_size({"width": 375, "height": 700})
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat")).to_be_visible()
+    for _ in range(40):
+        if page.evaluate("document.activeElement.id") == "prompt":
+            break
+        page.keyboard.press("Tab")
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.type("Write a class")
+    page.keyboard.press("Enter")
+    expect(page.locator("#send")).to_have_text("Stop")
+    page.keyboard.press("Escape")
+    expect(page.locator(".message.assistant").last).to_contain_text("Stopped.")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from mlx_optiq_ext.lab._supervisor import free_port
 from tests.helpers import DEMO
@@ -208,3 +213,80 @@ def test_a_server_that_is_killed_comes_back(lab):
     os.kill(pid, signal.SIGKILL)
     state = lab.wait_for("state", lambda s: s["status"] == "ready" and s["pid"] != pid)
     assert state["num_restarts"] == 1
+
+
+LONG = "Write a function. " * 1500  # It takes a while to be read.
+
+
+def test_a_reply_that_is_given_up_before_it_has_begun_is_ended(lab, endless):
+    lab.start(model=str(endless))
+    body = ENDLESS | {"messages": [{"role": "user", "content": LONG}]}
+    with pytest.raises(httpx2.ReadTimeout):
+        lab.client.post("/api/chat", json=body, timeout=0.02)
+    assert lab.wait_for("sample", lambda s: s["running"] == 0 and s["prompt"] > 0)
+    assert lab.wait_for("sample")["generated"] < 1000
+
+
+def test_a_benchmark_pauses_a_server_that_is_to_be_started_again(lab):
+    pid = lab.start()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    lab.wait_until("waiting")
+    assert lab.post("bench", {"max_depth": 1, "tokens": 4}).status_code == 200
+    lab.wait_until("stopped")
+    assert lab.post("bench/stop", {}).status_code == 200
+    lab.wait_until("ready")
+
+
+def test_a_head_that_was_got_meanwhile_is_seen(start_lab: StartLab, tmp_path, headless):
+    folder = tmp_path / "model"
+    shutil.copytree(headless, folder)
+    lab = start_lab("--models", str(tmp_path))
+    settings = {"model": str(folder), "mtp": True, "port": free_port()}
+    reply = lab.post("start", settings)
+    assert reply.status_code == 409
+    shutil.copy(DEMO / "model.safetensors", folder)
+    assert lab.post("start", settings).status_code == 200
+    lab.wait_until("ready")
+
+
+def test_what_is_pressed_last_counts_while_doctor_is_looking(start_lab: StartLab):
+    """The first pair takes doctor a while, and the second was examined before."""
+    lab = start_lab()
+    lab.wait_for("check", lambda c: c["name"] == "demo/qwen")
+    slow = {"model": "demo/gemma", "drafter": "demo/gemma-assistant"}
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(lab.post, "start", slow | {"port": free_port()})
+        time.sleep(0.2)
+        second = lab.post("start", {"model": "demo/qwen", "port": free_port()})
+        assert second.status_code == 200
+        assert first.result().status_code == 409
+        assert lab.wait_until("ready")["settings"]["model"] == "demo/qwen"
+        first = pool.submit(lab.post, "start", slow | {"port": free_port()})
+        time.sleep(0.2)
+        assert lab.post("stop", {}).status_code == 200
+        first.result()
+    assert lab.wait_for("state")["status"] == "stopped"
+
+
+def test_a_lab_that_is_interrupted_at_once_says_nothing_of_it(start_lab: StartLab):
+    for seconds in (0, 0.4, 1.2):
+        lab = start_lab()
+        time.sleep(seconds)
+        lab.process.send_signal(signal.SIGINT)
+        assert lab.process.wait(TIMEOUT) is not None
+        assert lab.log.read_text() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_runs_beside_the_server_ends_with_the_lab_too(start_lab, number):
+    lab = start_lab()
+    lab.start()
+    assert lab.post("bench", {}).status_code == 200
+    lab.wait_for("bench", lambda job: job["lines"])
+    children = subprocess.check_output(
+        ["ps", "-o", "pid=", "--ppid", str(lab.process.pid)], text=True
+    ).split()
+    assert children
+    lab.process.send_signal(number)
+    lab.process.wait(TIMEOUT)
+    assert eventually(lambda: not any(is_alive(int(pid)) for pid in children))

@@ -17,6 +17,7 @@ MODELS = find_models()
 FLAGS = {
     "--prefill-step-size": Flag("--prefill-step-size", "N", (), ""),
     "--turbo": Flag("--turbo", None, (), ""),
+    "--prompt-lookup": Flag("--prompt-lookup", None, (), ""),
     "--kv-bits": Flag("--kv-bits", "{4,8}", ("4", "8"), ""),
 }
 QWEN = MODELS["demo/qwen"].source
@@ -37,6 +38,10 @@ def read(**settings: Any) -> Launch:
             ["--mtp", "--num-draft-tokens", "3"],
         ),
         ({"mtp": True, "draft_vocab": 512}, ["--mtp", "--draft-vocab", "512"]),
+        (
+            {"num_draft_tokens": 3, "flags": {"--prompt-lookup": True}},
+            ["--num-draft-tokens", "3", "--prompt-lookup"],
+        ),
         # Without a drafter these mean nothing.
         ({"num_draft_tokens": 3, "draft_vocab": 512}, []),
         ({"recommended": True}, ["--recommended-sampling"]),
@@ -55,7 +60,7 @@ def read(**settings: Any) -> Launch:
 def test_settings_become_a_command_line(settings, arguments):
     command = read(**settings).command
     expected = ["mlx_lm.server", "--model", QWEN, *arguments, "--port", "8080"]
-    assert command == expected
+    assert command == [*expected, "--allowed-origins", "http://127.0.0.1:8080"]
 
 
 def test_another_drafter_is_named_by_its_source():
@@ -83,7 +88,9 @@ def test_another_drafter_is_named_by_its_source():
         ({"sampling": [1]}, "expected an object"),
         ({"port": 80}, "from 1024"),
         ({"port": "8080"}, "a whole number"),
-        ({"api_key": "--mtp"}, "no dash first"),
+        ({"origins": "/etc/passwd"}, "expected addresses"),
+        ({"origins": "http://a.example,--mtp"}, "expected addresses"),
+        ({"origins": ["*"]}, "expected addresses"),
         ({"api_key": "a b"}, "visible ASCII"),
         ({"flags": {"--adapter-path": "1"}}, "cannot be set"),
         ({"flags": {"--prefill-step-size": "/etc"}}, "expected a number"),
@@ -107,9 +114,19 @@ def test_a_shell_takes_the_command_line_as_it_is_shown(monkeypatch):
     shown = launch.shell_command
     assert QWEN not in shown
     # The demo models are named by a command that prints their folder.
-    printed = f"mlx-optiq-ext() {{ echo {shlex.quote(QWEN)}; }}; printf '%s\\n' {shown}"
+    printed = (
+        f"mlx-optiq-ext() {{ echo {shlex.quote(QWEN)}; }}; "
+        f"mlx_lm.server() {{ echo $MLX_OPTIQ_EXT_API_KEY mlx_lm.server; "
+        f"printf '%s\\n' \"$@\"; }}; {shown}"
+    )
     found = subprocess.check_output(["bash", "-c", printed], text=True).splitlines()
-    assert found == launch.command
+    assert found == ["it's$HOME mlx_lm.server", *launch.command[1:]]
+
+
+@pytest.mark.parametrize("origins", ["*", "http://localhost:3000,https://a.example"])
+def test_web_pages_may_ask_the_server_if_that_is_wanted(origins):
+    command = read(origins=origins).command
+    assert command[-2:] == ["--allowed-origins", origins]
 
 
 def test_the_flags_come_from_the_help_of_the_server():
@@ -117,6 +134,7 @@ def test_the_flags_come_from_the_help_of_the_server():
     assert "--prompt-cache-size" in flags
     assert flags["--kv-bits"].value == "KV_BITS"
     assert "--max-tokens" in flags
+    assert flags["--prompt-lookup"].value is None
     assert not OWN & set(flags)
     # What names files cannot be set from a page.
     assert not {"--adapter-path", "--chat-template", "--log-level"} & set(flags)

@@ -81,3 +81,29 @@ def test_a_folder_with_another_configuration_is_no_model(cache, tmp_path, conten
     shutil.copytree(DEMO, tmp_path / "own")
     (tmp_path / "own" / "config.json").write_text(content)
     assert str(tmp_path / "own") not in find_models([tmp_path])
+
+
+def test_what_cannot_be_read_is_passed_over(cache, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "own")
+    (tmp_path / "own" / "model-2.safetensors").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    add_to_cache(cache, "Org/Model")
+    (cache / "models--Org--Model" / "refs" / "main").write_bytes(b"\xff/../..\0")
+    found = find_models([tmp_path])
+    size = (DEMO / "model.safetensors").stat().st_size
+    assert found[str(tmp_path / "own")].num_bytes == size
+    assert "Org/Model" not in found
+
+
+def test_only_numbers_are_recommended(cache, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "own")
+    file = tmp_path / "own" / "generation_config.json"
+    file.write_text('{"temperature": NaN, "top_p": true, "top_k": 1e999, "min_p": 0.5}')
+    assert find_models([tmp_path])[str(tmp_path / "own")].sampling == {"min_p": 0.5}
+
+
+def test_a_configuration_that_is_nested_without_end_is_no_model(cache, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "own")
+    (tmp_path / "own" / "config.json").write_text("[" * 200_000)
+    assert str(tmp_path / "own") not in find_models([tmp_path])

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 import mlx_optiq_ext
 from mlx_optiq_ext.lab._chat import read_request
+from mlx_optiq_ext.lab._guard import Guard
 
 from .conftest import START, LabProcess
 
@@ -39,8 +44,8 @@ def test_nothing_is_shown_without_the_token(lab):
 def test_the_token_becomes_a_cookie_of_this_site_and_leaves_the_address(lab):
     with httpx2.Client() as client:
         reply = client.get(lab.url)
-        assert reply.status_code == 303
-        assert reply.headers["location"] == "/"
+        assert reply.status_code == 200
+        assert reply.headers["refresh"] == "0; url=/"
         cookie = reply.headers["set-cookie"]
         assert "HttpOnly" in cookie
         assert "samesite=strict" in cookie.lower()
@@ -102,6 +107,55 @@ def test_malformed_requests_are_explained(lab, body):
         reply = lab.client.post(f"/api/{route}", content=body, headers=headers)
         assert reply.status_code == 400, route
         assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", ["[" * 200_000, '{"messages": ' + "[" * 200_000])
+def test_what_is_nested_without_end_is_refused(lab, body):
+    headers = {"content-type": "application/json"}
+    for route in ("command", "chat"):
+        reply = lab.client.post(f"/api/{route}", content=body, headers=headers)
+        assert reply.status_code == 400
+        assert "nested" in reply.json()["error"]["message"]
+    assert "Traceback" not in lab.log.read_text()
+
+
+def test_the_type_of_a_body_may_name_its_encoding(lab):
+    headers = {"content-type": "application/json; charset=utf-8"}
+    body = '{"model": "demo/qwen"}'
+    reply = lab.client.post("/api/command", content=body, headers=headers)
+    assert reply.status_code == 200
+
+
+def test_a_websocket_is_refused(lab):
+    host, _, port = lab.base.removeprefix("http://").partition(":")
+    request = (
+        f"GET /api/events HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+        "Sec-WebSocket-Version: 13\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(request.encode())
+        status = connection.makefile().readline()
+    assert re.search(r" 40[13] ", status), status
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "name"),
+    [
+        ("127.0.0.1", 80, "127.0.0.1"),
+        ("localhost", 80, "localhost:80"),
+        ("::1", 80, "[::1]"),
+        ("::1", 7860, "[::1]:7860"),
+    ],
+)
+def test_browsers_leave_the_usual_port_out(host, port, name):
+    app = Guard(
+        Starlette(routes=[Route("/", lambda _: Response("ok"))]), "t", host, port
+    )
+    with TestClient(app, base_url=f"http://{name}", follow_redirects=False) as client:
+        assert client.get("/?token=t").status_code == 200
+        headers = {"origin": f"http://{name}", "cookie": f"mlx_lab_{port}=t"}
+        assert client.get("/", headers=headers).text == "ok"
 
 
 @pytest.mark.parametrize(

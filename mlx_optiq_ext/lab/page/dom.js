@@ -21,7 +21,9 @@ function set(element, props) {
 }
 
 export function fill(element, children) {
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat().filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -42,13 +44,32 @@ export function toast(text) {
   toast.timer = setTimeout(() => place.classList.remove("shown"), 3500);
 }
 
-export async function copy(text) {
-  await navigator.clipboard.writeText(text);
-  toast("Copied");
+// Lets a screen reader say what comes, a line at a time; begins anew without a text.
+export function speak(text = "", isWhole = false) {
+  const place = document.getElementById("spoken");
+  if (!text) {
+    speak.said = 0;
+    place.replaceChildren();
+    return;
+  }
+  const end = isWhole ? text.length : text.lastIndexOf("\n") + 1;
+  const more = text.slice(speak.said, end).trim();
+  if (more) place.append(h("p", {}, more));
+  speak.said = Math.max(speak.said, end);
+}
+speak.said = 0;
+
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast("Copied");
+  } catch {
+    toast("The browser does not allow to copy");
+  }
 }
 
 export function copyButton(textOf, label = "Copy") {
-  return button(label, () => copy(textOf()).catch(() => toast("The browser does not allow to copy")), { class: "small quiet" });
+  return button(label, () => copyText(textOf()), { class: "small quiet" });
 }
 
 export function download(name, blob) {
@@ -59,7 +80,11 @@ export function download(name, blob) {
 
 export function bytes(number) {
   if (number === null || number === undefined) return "?";
-  for (const [size, unit] of [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]])
+  for (const [size, unit] of [
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ])
     if (number >= size) return `${(number / size).toFixed(1)} ${unit}`;
   return `${number} bytes`;
 }

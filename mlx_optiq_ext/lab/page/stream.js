@@ -3,7 +3,9 @@ import { problemIn } from "./store.js";
 
 // Which characters came from which drafter: runs of [source, number of characters].
 export class Runs {
-  constructor(runs = []) { this.runs = runs; }
+  constructor(runs = []) {
+    this.runs = runs;
+  }
 
   add(source, number) {
     const last = this.runs.at(-1);
@@ -40,12 +42,26 @@ class Pending {
 
 // Asks, and keeps what has come so far in `reply`; calls `changed` whenever it changes.
 export async function stream(request, reply, changed, signal) {
-  Object.assign(reply, { content: "", reasoning: "", tool_calls: [], sources: [], thoughts: [], stats: null, error: null, state: "streaming" });
+  Object.assign(reply, {
+    content: "",
+    reasoning: "",
+    tool_calls: [],
+    sources: [],
+    thoughts: [],
+    stats: null,
+    error: null,
+    state: "streaming",
+  });
   const began = performance.now();
   const times = { first: null, last: null };
   const pending = new Pending();
   try {
-    const answer = await fetch("/api/chat", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request), signal });
+    const answer = await fetch("/api/chat", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(request),
+      signal,
+    });
     if (!answer.ok) throw new Error(problemIn(await answer.text()));
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message ?? String(event.error));
@@ -73,7 +89,11 @@ async function* events(body) {
     const parts = (rest + value).split(/\r?\n\r?\n/);
     rest = parts.pop();
     for (const part of parts) {
-      const data = part.split("\n").filter((each) => each.startsWith("data:")).map((each) => each.slice(5).trim()).join("");
+      const data = part
+        .split("\n")
+        .filter((each) => each.startsWith("data:"))
+        .map((each) => each.slice(5).trim())
+        .join("");
       if (data && data !== "[DONE]") yield JSON.parse(data);
     }
   }
@@ -107,7 +127,11 @@ function take(event, reply, pending, times) {
 
 function addCall(calls, part) {
   const index = part.index ?? calls.length;
-  const call = (calls[index] ??= { id: part.id ?? `call_${index}`, type: "function", function: { name: "", arguments: "" } });
+  const call = (calls[index] ??= {
+    id: part.id ?? `call_${index}`,
+    type: "function",
+    function: { name: "", arguments: "" },
+  });
   if (part.id) call.id = part.id;
   call.function.name += part.function?.name ?? "";
   const more = part.function?.arguments ?? "";
@@ -128,6 +152,8 @@ function stats(reply, times, began) {
     drafted: timings.draft_n ?? null,
     accepted: timings.draft_n_accepted ?? null,
     perRound: timings.draft_rounds ? 1 + timings.draft_n_accepted / timings.draft_rounds : null,
-    positions: drafted.map((number, i) => (number ? timings.draft_n_accepted_per_position[i] / number : null)),
+    positions: drafted.map((number, i) =>
+      number ? timings.draft_n_accepted_per_position[i] / number : null,
+    ),
   };
 }
