@@ -329,9 +329,9 @@ def queries(
     calls: list[tuple[int, int]] = []
 
     class Watched(type(assistant)):  # type: ignore[misc]
-        def __call__(self, *args: Any) -> Any:
-            calls.append((args[3], prompt_cache[0].offset))
-            return super().__call__(*args)
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            calls.append((options["position"], prompt_cache[0].offset))
+            return super().__call__(*args, **options)
 
     assistant.__class__ = Watched
     drafter = GemmaAssistantDrafter(assistant, **options)

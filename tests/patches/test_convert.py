@@ -81,12 +81,14 @@ def without_head(folder: Path, *names: str) -> dict[str, bytes]:
 
 
 def test_the_command_keeps_the_head_unless_told_to_drop_it(
-    original: Path, tmp_path: Path, call: Callable[..., str]
+    original: Path, tmp_path: Path
 ) -> None:
     arguments = ("--hf-path", original, "-q", "--mlx-path")
     code, output, _ = run_command("convert", *arguments, tmp_path / "with")
     assert code == 0
-    output_too = call("convert", *arguments, tmp_path / "without", "--no-mtp")
+    _, output_too, _ = run_command(
+        "convert", *arguments, tmp_path / "without", "--no-mtp"
+    )
     line = f"[INFO] Kept the MTP head in {tmp_path / 'with' / HEAD}\n"
     assert output == output_too + line
     kept, dropped = contents(tmp_path / "with"), contents(tmp_path / "without")
