@@ -412,6 +412,7 @@ function answer(call, message, result) {
 async function exclusively(work) {
   if (running) return;
   running = { conversation: now, message: null, controller: new AbortController() };
+  drawBar();
   let isAlone = true;
   try {
     isAlone = await conversations.alone(now.id, work);

@@ -581,7 +581,9 @@ function drawGo() {
   parts.refusal.textContent = problem ?? "";
   parts.free.hidden = !problem?.includes("port ");
   parts.start.textContent = isAsking ? "Checking…" : startText();
-  parts.start.disabled = isAsking || !form.model || !state.server;
+  parts.start.disabled = !form.model || !state.server;
+  // A button that is disabled loses the focus.
+  parts.start.setAttribute("aria-disabled", String(isAsking));
 }
 
 function startText() {
@@ -599,6 +601,7 @@ async function takeFreePort() {
 }
 
 async function start() {
+  if (isAsking) return;
   isAsking = true;
   drawGo();
   try {
