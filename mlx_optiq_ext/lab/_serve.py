@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import secrets
 import socket
@@ -35,8 +34,7 @@ def serve(options: LabOptions, announce: Callable[[str], None]) -> None:
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_LEAVE
     )
-    with contextlib.suppress(KeyboardInterrupt):  # It is how a Lab is closed.
-        _Server(config, lab).run([listener])
+    _Server(config, lab).run([listener])
 
 
 class _Server(uvicorn.Server):

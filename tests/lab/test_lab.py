@@ -215,7 +215,8 @@ def test_a_server_that_is_killed_comes_back(lab):
     assert state["num_restarts"] == 1
 
 
-LONG = "Write a function. " * 1500  # It takes a while to be read.
+# It takes a while to be read, and the demo model can read no more than 4,096 tokens.
+LONG = "Write a function. " * 400
 
 
 def test_a_reply_that_is_given_up_before_it_has_begun_is_ended(lab, endless):
@@ -268,13 +269,13 @@ def test_what_is_pressed_last_counts_while_doctor_is_looking(start_lab: StartLab
     assert lab.wait_for("state")["status"] == "stopped"
 
 
-def test_a_lab_that_is_interrupted_at_once_says_nothing_of_it(start_lab: StartLab):
+def test_a_lab_that_is_interrupted_at_once_says_one_line_of_it(start_lab: StartLab):
     for seconds in (0, 0.4, 1.2):
         lab = start_lab()
         time.sleep(seconds)
         lab.process.send_signal(signal.SIGINT)
         assert lab.process.wait(TIMEOUT) is not None
-        assert lab.log.read_text() in ("", "Stopped.\n")
+        assert lab.log.read_text() == "Stopped.\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
