@@ -20,6 +20,15 @@ from mlx_optiq_ext.drafters import Proposal, SeparateSessions
 
 ORACLE = Path(__file__).parent / "oracle"
 DEMO = Path(mlx_optiq_ext.__file__).parent / "demo_model"
+
+CODE = """class Queue:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+        self.items.append(item)
+"""
+CODE_AGAIN = CODE + CODE.partition("def push")[0]  # What follows can be copied.
 DENSE, MOE = ORACLE / "qwen35_tiny", ORACLE / "qwen35_tiny_moe"
 
 

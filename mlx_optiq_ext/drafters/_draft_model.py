@@ -22,7 +22,7 @@ from ..rollback import (
     prepare_recurrence,
 )
 from ._batched import SeparateSessions
-from ._protocol import Proposal
+from ._protocol import DraftSession, Proposal
 
 MAX_PUT_OFF = 64  # tokens that the model is shown together, while nothing is drafted
 
@@ -67,7 +67,7 @@ class DraftModelDrafter:
         return DraftModelSession(self._model, entries, num_tokens)
 
 
-class DraftModelSession:
+class DraftModelSession(DraftSession):
     """The draft model at work on one sequence.
 
     ``_put_off`` are tokens that nothing was to be drafted after: the model is shown
@@ -92,10 +92,6 @@ class DraftModelSession:
     @property
     def num_put_off(self) -> int:
         return self._put_off.size
-
-    @property
-    def last_state(self) -> None:
-        return None
 
     def prefill(
         self,

@@ -6,7 +6,6 @@ nobody else waiting. The generation thread then starts on it once it has the pro
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from ..grammars import ConstraintProcessor, ReplyRules, Shape, Tool
@@ -95,19 +94,12 @@ def tokenizer_for(exchange: Exchange, arguments: Arguments) -> Any:
     Raises:
         APIError: If it cannot be loaded.
     """
-    from ._explain import explain
-    from ._generation import Sequence, loaded_tokenizer
+    from ._generation import loaded_tokenizer, read_prompt
 
     provider = exchange.generator.model_provider
     if (tokenizer := loaded_tokenizer(provider, arguments)) is not None:
         return tokenizer
     # Only the generation thread may load a model.
     probe = Request("text", prompt="a", counts_only=True)
-    sequence = Sequence(exchange, probe, copy.copy(arguments))
-    try:
-        sequence.start()
-    except Exception as exc:
-        raise explain(exchange, exc) from exc
-    sequence.inbox.close()
-    exchange.sequences.remove(sequence)
+    read_prompt(exchange, probe, arguments)
     return probe.tokenizer

@@ -247,6 +247,22 @@ def load_images(exchange: Exchange, request: Request, arguments: Arguments) -> N
         counts_only=True,
         takes_images=True,
     )
+    read_prompt(exchange, probe, arguments)
+    allow_remote = getattr(exchange.cli_args, "allow_remote_images", False)
+    inline_images(request.messages, allow_remote)
+
+
+def read_prompt(exchange: Exchange, probe: Request, arguments: Arguments) -> None:
+    """Have the generation thread load a model and read a prompt, and no more.
+
+    Args:
+        exchange (Exchange): Whose request needs to know what comes of it.
+        probe (Request): One that ``counts_only``.
+        arguments (Arguments): Of the exchange's own request, which name the model.
+
+    Raises:
+        APIError: If the model cannot be loaded, or does not take the prompt.
+    """
     sequence = Sequence(exchange, probe, copy.copy(arguments))
     try:
         sequence.start()
@@ -254,8 +270,6 @@ def load_images(exchange: Exchange, request: Request, arguments: Arguments) -> N
         raise explain(exchange, exc) from exc
     sequence.inbox.close()
     exchange.sequences.remove(sequence)
-    allow_remote = getattr(exchange.cli_args, "allow_remote_images", False)
-    inline_images(request.messages, allow_remote)
 
 
 def with_leading_space(responses: Iterator[Any], tokenizer: Any) -> Iterator[Any]:

@@ -13,18 +13,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_optiq_ext import SpeculativeBatchGenerator
-from tests.helpers import DEMO
+from tests.helpers import CODE, CODE_AGAIN, DEMO
 from tests.processes import run_command as run
 
-CODE = """class Queue:
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):
-        self.items.append(item)
-"""
-PROMPT = CODE + CODE.partition("def push")[0]
-FLAGS = ("--model", DEMO, "--prompt", PROMPT, "--ignore-chat-template", "-m", 60)
+FLAGS = ("--model", DEMO, "--prompt", CODE_AGAIN, "--ignore-chat-template", "-m", 60)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +30,9 @@ def test_generate_gives_the_same_text(
     demo: Any, options: dict[str, Any], number: dict[str, Any]
 ) -> None:
     asks = {"prompt_lookup": True, "max_tokens": 60} | options | number
-    text = generate(*demo, PROMPT, max_tokens=60)
-    assert generate(*demo, PROMPT, **asks) == text
-    *_, last = stream_generate(*demo, PROMPT, **asks)
+    text = generate(*demo, CODE_AGAIN, max_tokens=60)
+    assert generate(*demo, CODE_AGAIN, **asks) == text
+    *_, last = stream_generate(*demo, CODE_AGAIN, **asks)
     accepted = last.speculation.num_accepted_per_source
     assert accepted["prompt_lookup"] > 0
     assert accepted.keys() <= {"prompt_lookup", "mtp"}
@@ -54,29 +46,31 @@ def test_a_sampled_text_is_the_same_whether_or_not_copies_are_drafted(
     texts = set()
     for options in ({"mtp": True}, {"mtp": True, "prompt_lookup": True}):
         mx.random.seed(4)
-        texts.add(generate(*demo, PROMPT, max_tokens=60, sampler=sampler, **options))
+        texts.add(
+            generate(*demo, CODE_AGAIN, max_tokens=60, sampler=sampler, **options)
+        )
     assert len(texts) == 1
 
 
 def test_nothing_is_copied_where_that_is_turned_off(demo: Any) -> None:
-    *_, last = stream_generate(*demo, PROMPT, mtp=True, prompt_lookup=False)
+    *_, last = stream_generate(*demo, CODE_AGAIN, mtp=True, prompt_lookup=False)
     assert last.speculation.num_drafted_per_source.keys() <= {"mtp"}
-    *_, last = stream_generate(*demo, PROMPT, prompt_lookup=False)
+    *_, last = stream_generate(*demo, CODE_AGAIN, prompt_lookup=False)
     assert not hasattr(last, "speculation")
 
 
 def test_what_is_neither_true_nor_false_is_refused(demo: Any) -> None:
     with pytest.raises(ValueError, match="prompt_lookup must be True or False, got 3"):
-        generate(*demo, PROMPT, prompt_lookup=3)
+        generate(*demo, CODE_AGAIN, prompt_lookup=3)
 
 
 def test_a_draft_model_drafts_beside_copies(demo: Any) -> None:
     model, tokenizer = demo
-    expected = generate(model, tokenizer, PROMPT, max_tokens=60)
+    expected = generate(model, tokenizer, CODE_AGAIN, max_tokens=60)
     *_, last = stream_generate(
         model,
         tokenizer,
-        PROMPT,
+        CODE_AGAIN,
         max_tokens=60,
         draft_model=model,
         prompt_lookup=True,
@@ -85,7 +79,12 @@ def test_a_draft_model_drafts_beside_copies(demo: Any) -> None:
     assert last.speculation.num_tokens == 60
     assert set(last.speculation.num_drafted_per_source) & {"draft_model"}
     found = generate(
-        model, tokenizer, PROMPT, max_tokens=60, draft_model=model, prompt_lookup=True
+        model,
+        tokenizer,
+        CODE_AGAIN,
+        max_tokens=60,
+        draft_model=model,
+        prompt_lookup=True,
     )
     assert found == expected
 
@@ -95,7 +94,7 @@ def test_batch_generate_copies_for_each_sequence(
     demo: Any, options: dict[str, Any]
 ) -> None:
     model, tokenizer = demo
-    prompts = [tokenizer.encode(text) for text in (PROMPT, "import os\n", CODE)]
+    prompts = [tokenizer.encode(text) for text in (CODE_AGAIN, "import os\n", CODE)]
     plain = batch_generate(model, tokenizer, prompts, max_tokens=50)
     found = batch_generate(
         model,
@@ -115,19 +114,19 @@ def test_batch_generate_copies_for_each_sequence(
 def test_a_batch_generator_copies(demo: Any) -> None:
     model, tokenizer = demo
     generator = SpeculativeBatchGenerator(model, prompt_lookup=True, max_tokens=40)
-    (uid,) = generator.insert([tokenizer.encode(PROMPT)])
+    (uid,) = generator.insert([tokenizer.encode(CODE_AGAIN)])
     stats = generator.stats_of(uid)
     tokens = []
     while responses := generator.next_generated():
         tokens += [response.token for response in responses]
-    expected = stream_generate(model, tokenizer, PROMPT, max_tokens=40)
+    expected = stream_generate(model, tokenizer, CODE_AGAIN, max_tokens=40)
     assert tokens == [response.token for response in expected][: len(tokens)]
     assert stats.num_drafted_per_source.keys() == {"prompt_lookup"}
 
 
 def test_a_later_turn_copies_from_an_earlier_one(demo: Any) -> None:
     model, tokenizer = demo
-    tokens = tokenizer.encode(PROMPT)
+    tokens = tokenizer.encode(CODE_AGAIN)
     counts = []
     for prompts in ([tokens], [tokens[:40], tokens[40:]]):
         cache = make_prompt_cache(model)

@@ -126,22 +126,24 @@ class Company:
         self.batch.filter(others)
         self.members = [self.members[i] for i in others]
 
+    def live(self) -> None:
+        """Go through rounds in which others join and leave, and check who is left."""
+        for num_prompt_tokens in (1, 30):
+            self.join(num_prompt_tokens)
+        for step in range(14):
+            self.round(is_known=step % 3 > 0)
+            if step in (3, 7):
+                self.join({3: 11, 7: 4}[step])
+            if step in (5, 9):
+                self.leave(self.chooser.randrange(len(self.members)))
+        for index in range(len(self.members)):
+            self.check(index)
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whoever_joins_and_leaves_each_sequence_is_what_it_is_alone(name: str) -> None:
     company = Company(name)
-    for num_prompt_tokens in (1, 30):
-        company.join(num_prompt_tokens)
-    for step in range(14):
-        company.round(is_known=step % 3 > 0)
-        if step == 3:
-            company.join(11)
-        if step in (5, 9):
-            company.leave(company.chooser.randrange(len(company.members)))
-        if step == 7:
-            company.join(4)
-    for index in range(len(company.members)):
-        company.check(index)
+    company.live()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -90,16 +90,7 @@ def test_each_sequence_of_a_batch_keeps_rows_of_its_own(
     kernel: StandIn, name: str
 ) -> None:
     company = Company(name)
-    for num_prompt_tokens in (1, 30):
-        company.join(num_prompt_tokens)
-    for step in range(14):
-        company.round(is_known=step % 3 > 0)
-        if step == 3:
-            company.join(11)
-        if step in (5, 9):
-            company.leave(company.chooser.randrange(len(company.members)))
-    for index in range(len(company.members)):
-        company.check(index)
+    company.live()
     assert len(kernel.num_rows) > 14
 
 

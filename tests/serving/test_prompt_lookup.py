@@ -11,18 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import DEMO
+from tests.helpers import CODE, CODE_AGAIN, DEMO
 
 from .conftest import ServerProcess, Starter
 
-CODE = """class Queue:
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):
-        self.items.append(item)
-"""
-PROMPT = CODE + CODE.partition("def push")[0]
 SOURCES = {"alone": {"prompt_lookup"}, "with a head": {"prompt_lookup", "mtp"}}
 
 
@@ -40,7 +32,7 @@ def server(request: Any, start_server: Starter) -> ServerProcess:
 
 
 def ask(server: ServerProcess, **options: Any) -> Any:
-    body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0} | options
+    body = {"prompt": CODE_AGAIN, "max_tokens": 40, "temperature": 0} | options
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
         connection.request("POST", "/v1/completions", json.dumps(body))
@@ -85,7 +77,7 @@ def test_requests_that_come_together_are_answered_as_alone(
     server: ServerProcess, plain: ServerProcess
 ) -> None:
     bodies = [
-        {"prompt": PROMPT[: 150 + 20 * number], "max_tokens": 16 + 8 * number}
+        {"prompt": CODE_AGAIN[: 150 + 20 * number], "max_tokens": 16 + 8 * number}
         for number in range(5)
     ]
     bodies[3]["prompt_lookup"] = False
@@ -108,7 +100,7 @@ def test_metrics_count_each_source(server: ServerProcess) -> None:
 
 def test_a_second_turn_goes_on_from_the_first(server: ServerProcess) -> None:
     first = ask(server, max_tokens=20)
-    prompt = PROMPT + text_of(first) + "\n" + CODE[:60]
+    prompt = CODE_AGAIN + text_of(first) + "\n" + CODE[:60]
     replies = [ask(server, prompt=prompt, num_draft_tokens=4) for _ in range(2)]
     assert text_of(replies[0]) == text_of(replies[1])
     assert replies[1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
