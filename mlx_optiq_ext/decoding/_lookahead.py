@@ -25,6 +25,10 @@ MAX_TOKENS_AHEAD = 2 + max(MAX_DRAFT_TOKENS, WIDTHS[-1])
 class Lookahead:
     """A constraint that is advanced over draft tokens, and taken back after all.
 
+    An error of the first row ends the sequence. One behind draft tokens does not, as
+    the sequence may never come there: only ``num_usable`` of them can be accepted, and
+    the row after these is the last that counts.
+
     Args:
         constrained (Constrained): At the first row.
     """
@@ -36,6 +40,7 @@ class Lookahead:
         self.error = constrained.error
         self.is_lost = self.error is not None
         self.num_known = 0
+        self.num_usable = MAX_TOKENS_AHEAD
         self.masks: list[bytes | None] = []
         self._add_mask()
 
@@ -54,17 +59,21 @@ class Lookahead:
             self._add_mask()
 
     def forget(self) -> None:
-        """Go on as if the last token, which was not allowed, had not been seen."""
+        """Go on as if the last token, which nothing can follow, had not been seen."""
         self.num_known -= 1
         self.masks.pop()
+        if self._num_seen > self.num_known:
+            self._constraint.roll_back(1)
+            self._num_seen -= 1
+        self.num_usable = MAX_TOKENS_AHEAD
         self.is_lost = self.error is not None
 
     def close(self) -> None:
         """Take the constraint back to the first row.
 
         Raises:
-            Exception: What a mask or the row before the first raised, if the sequence
-              has no guard.
+            Exception: What the mask of the first row or a token before it raised, if
+              the sequence has no guard.
         """
         self._constraint.roll_back(self._num_seen)
         self._num_seen, self.is_lost = 0, True
@@ -91,8 +100,12 @@ class Lookahead:
         self.masks.append(mask)
 
     def _fail(self, error: GrammarError) -> None:
-        """Let the error end its own sequence, once the rows of all are judged."""
-        self.error, self.is_lost = error, True
+        """Let the error end its own sequence, if that is where it is."""
+        self.is_lost = True
+        if self.num_known:
+            self.num_usable = self.num_known - 1
+        else:
+            self.error = error
 
 
 class Constrained:

@@ -152,6 +152,8 @@ class Pass:
         self.logprobs: list[list[mx.array]] = [[] for _ in sequences]
         self._proposals = proposals
         self._packed: list[tuple[int, mx.array]] = []
+        # Drafts that the constraint of a sequence can follow.
+        self._num_usable = list(self.num_drafted)
         # The same of several sequences, in the order of their indices.
         self._indices: list[int] = []
         self._rows_packed: mx.array | None = None
@@ -249,13 +251,16 @@ class Pass:
                     rows = proposal.masks()
                 except Exception as error:
                     self.errors[index] = error
+                if proposal.lookahead is not None:
+                    usable = proposal.lookahead.num_usable
+                    self._num_usable[index] = min(self.num_drafted[index], usable)
             masks += [*rows, *[None] * (logits.shape[1] - len(rows))]
         return masked(logits, masks)
 
     def _take(self, index: int, tokens: list[int]) -> None:
         """Read what was packed: tokens, and behind them how many were accepted."""
         if self.num_drafted[index]:
-            self.num_accepted[index] = tokens[-1]
+            self.num_accepted[index] = min(tokens[-1], self._num_usable[index])
         self.emitted[index] = tokens[: self.num_accepted[index] + 1]
 
     def _judge_plain(self, logits: mx.array, indices: list[int]) -> None:
@@ -297,6 +302,7 @@ class Pass:
         """Judge row after row, none before its draft token is known to be accepted."""
         number, verifier = self.num_drafted[index], self.sequences[index].verifier
         own = self._logits[index : index + 1, : number + 1]
+        usable = self._num_usable[index]
         try:
             for row in verifier.rows(own, self._proposals.each[index]):
                 token, is_accepted = mx.concatenate(
@@ -304,7 +310,7 @@ class Pass:
                 ).tolist()
                 self.logprobs[index].append(row.logprobs)
                 self.emitted[index].append(token)
-                if not is_accepted:
+                if not is_accepted or self.num_accepted[index] == usable:
                     break
                 self.num_accepted[index] += 1
         except Exception as error:

@@ -260,10 +260,15 @@ class TooComplex:
         return False
 
 
-def test_a_grammar_that_turns_out_too_complex_ends_its_own_sequence(demo: Any) -> None:
+@pytest.mark.parametrize("num_draft_tokens", ["auto", 1, 2, 3, 8])
+def test_a_grammar_that_turns_out_too_complex_ends_its_own_sequence(
+    demo: Any, num_draft_tokens: Any
+) -> None:
     model, tokenizer = demo
     generator = SpeculativeBatchGenerator(
-        model, stop_tokens=[[token] for token in tokenizer.eos_token_ids]
+        model,
+        num_draft_tokens=num_draft_tokens,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
     )
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
     processors: list[Any] = [[ConstraintProcessor(TooComplex(9))], []]
